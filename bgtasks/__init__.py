@@ -1,0 +1,31 @@
+"""Fire-and-forget background work for Django that cannot take the site down.
+
+``bgtasks.spawn("send-welcome", send_welcome, user.pk)`` returns at once and never raises under load. The
+process's drainer runs the queued tasks, at most CONN_MAX at a time; a task that finds the queue full is
+dropped, and a warning names it.
+"""
+
+from bgtasks.pools import pools
+from bgtasks.queue import PoolStats
+
+spawn = pools.default.spawn
+spawn_on_commit = pools.default.spawn_on_commit
+aspawn_on_commit = pools.default.aspawn_on_commit
+stats = pools.stats
+drain = pools.drain
+adrain = pools.adrain
+shutdown = pools.shutdown
+ashutdown = pools.ashutdown
+
+__all__ = [
+    "PoolStats",
+    "adrain",
+    "ashutdown",
+    "aspawn_on_commit",
+    "drain",
+    "pools",
+    "shutdown",
+    "spawn",
+    "spawn_on_commit",
+    "stats",
+]

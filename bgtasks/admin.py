@@ -1,0 +1,111 @@
+"""The page "Background tasks" in Django's admin: what all processes of the site do, live.
+
+It is there for staff with the permission ``bgtasks.view_background_tasks``; ``bgtasks.pause_pools`` adds the
+buttons that pause and resume a pool. The page is two static files and one view that answers with JSON, so it
+works under a Content-Security-Policy of ``default-src 'self'``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from django.contrib import admin
+from django.core.exceptions import PermissionDenied
+from django.http import HttpRequest, HttpResponseBase, HttpResponseNotAllowed, JsonResponse
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, path
+
+from bgtasks.models import BackgroundTasks
+from bgtasks.overview import overview, set_paused
+from bgtasks.pools import pools
+
+if TYPE_CHECKING:
+    _ModelAdmin = admin.ModelAdmin[BackgroundTasks]
+else:
+    _ModelAdmin = admin.ModelAdmin
+
+
+@admin.register(BackgroundTasks)
+class BackgroundTasksAdmin(_ModelAdmin):
+    """The page, its data, and the switch that pauses a pool."""
+
+    def get_urls(self) -> list[URLPattern]:
+        """Return the three views. There are no rows, so there is no list, form or history of them."""
+
+        def wrap(view: Callable[..., HttpResponseBase]) -> Callable[..., HttpResponseBase]:
+            return self.admin_site.admin_view(view)
+
+        return [
+            path("", wrap(self.changelist_view), name="bgtasks_backgroundtasks_changelist"),
+            path("data/", wrap(self.data_view), name="bgtasks_backgroundtasks_data"),
+            path("pause/", wrap(self.pause_view), name="bgtasks_backgroundtasks_pause"),
+        ]
+
+    def has_add_permission(self, request: HttpRequest) -> bool:  # noqa: ARG002  # Django's signature
+        """Return False: a pool is added in the settings."""
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+        """Return False: a pool is changed in the settings."""
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+        """Return False: a pool is removed in the settings."""
+        return False
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+        """Tell whether the user may look at the page."""
+        return _has_permission(request, "view_background_tasks")
+
+    def has_module_permission(self, request: HttpRequest) -> bool:
+        """Tell whether the app is listed: it has only this page."""
+        return self.has_view_permission(request)
+
+    def has_pause_permission(self, request: HttpRequest) -> bool:
+        """Tell whether the user may pause and resume pools."""
+        return _has_permission(request, "pause_pools")
+
+    def changelist_view(
+        self, request: HttpRequest, extra_context: dict[str, Any] | None = None
+    ) -> TemplateResponse:
+        """Show the page, which then asks for its data."""
+        self._require(self.has_view_permission(request))
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Background tasks",
+            "opts": self.opts,
+            "may_pause": self.has_pause_permission(request) and pools.publisher.config is not None,
+            **(extra_context or {}),
+        }
+        return TemplateResponse(request, "bgtasks/admin.html", context)
+
+    def data_view(self, request: HttpRequest) -> HttpResponseBase:
+        """Answer with what all processes do."""
+        self._require(self.has_view_permission(request))
+        return JsonResponse(overview())
+
+    def pause_view(self, request: HttpRequest) -> HttpResponseBase:
+        """Pause or resume a pool, and write that into the log of the admin."""
+        self._require(self.has_view_permission(request) and self.has_pause_permission(request))
+        if request.method != "POST":
+            return HttpResponseNotAllowed(["POST"])
+        pool, paused = request.POST.get("pool", ""), request.POST.get("paused") == "true"
+        known = {each["name"] for each in overview()["pools"]}
+        if pool not in known:
+            return JsonResponse({"error": f"no pool named {pool!r}"}, status=404)
+        try:
+            set_paused(pool, paused, by=request.user.get_username())
+        except LookupError as error:
+            return JsonResponse({"error": str(error)}, status=409)
+        self.log_change(request, BackgroundTasks(name=pool), "Paused." if paused else "Resumed.")
+        return JsonResponse({"pool": pool, "paused": paused})
+
+    def _require(self, allowed: bool) -> None:  # noqa: FBT001  # the one thing it is about
+        if not allowed:
+            raise PermissionDenied
+
+
+def _has_permission(request: HttpRequest, codename: str) -> bool:
+    user: Any = request.user  # whatever AUTH_USER_MODEL is, the admin needs it to have this method
+    return bool(user.has_perm(f"bgtasks.{codename}"))

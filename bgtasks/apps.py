@@ -1,0 +1,62 @@
+"""The Django app: it starts the pools, and checks the settings."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+from django.apps import AppConfig
+from django.core.checks import register
+from django.core.signals import setting_changed
+from django.db.backends.signals import connection_created
+
+from bgtasks import conf
+from bgtasks.checks import check_database_pools, check_handoff, check_lifespan, check_settings
+from bgtasks.pools import pools
+
+
+class BgtasksConfig(AppConfig):
+    """Starts the drainer as soon as Django is ready."""
+
+    name = "bgtasks"
+    verbose_name = "Background tasks"
+
+    def ready(self) -> None:
+        """Register the checks, and start the pools unless the settings have a mistake.
+
+        A mistake is left to ``manage.py check``, which can show it with its hint, and to the first spawn.
+        """
+        register(check_settings)
+        register(check_database_pools)  # not Tags.database: it opens no connection, and shall always run
+        register(check_handoff)
+        register(check_lifespan, deploy=True)
+        setting_changed.connect(_on_setting_changed, dispatch_uid="bgtasks")
+        connection_created.connect(_on_connection_created, dispatch_uid="bgtasks")
+        if not any(conf.problems(conf.configured())):
+            pools.start()
+
+
+def _on_connection_created(*, connection: Any, **_kwargs: Any) -> None:
+    """In a test run, have the pools end before a test database is dropped: their slots are connected to it.
+
+    It is done here, when a connection to the database is made, because it serves every test runner.
+    """
+    utils = sys.modules.get("django.test.utils")
+    if utils is not None and hasattr(utils._TestState, "saved_data"):
+        creation = connection.creation
+        if not hasattr(creation, "bgtasks_destroy"):
+            creation.bgtasks_destroy = creation.destroy_test_db
+            creation.destroy_test_db = partial(_destroy_test_db, creation)
+
+
+def _destroy_test_db(creation: Any, *args: Any, **kwargs: Any) -> Any:
+    pools.restart()
+    return creation.bgtasks_destroy(*args, **kwargs)
+
+
+def _on_setting_changed(*, setting: str, **_kwargs: Any) -> None:
+    if setting == "BGTASKS":
+        pools.restart()
+    elif setting in {"BGTASKS_SNAPSHOT", "CACHES"}:
+        pools.publisher.configure()

@@ -1,0 +1,165 @@
+"""System checks of the setting BGTASKS. Every id is documented in the README."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import django
+from django.conf import settings
+from django.core import checks
+from django.core.cache import caches
+from django.core.cache.backends.db import BaseDatabaseCache
+from django.db import connections, router
+from django.utils.module_loading import import_string
+
+from bgtasks import conf
+
+# Backends in TASKS that no worker of another process takes tasks from, and what they do instead.
+NO_ENGINES = {
+    "bgtasks.backends.PoolBackend": "gives tasks back to the pools of this process",
+    "django.tasks.backends.immediate.ImmediateBackend": "runs tasks at once, where they are enqueued",
+    "django.tasks.backends.dummy.DummyBackend": "runs nothing",
+}
+
+PSYCOPG_POOL_SIZE = 4  # of psycopg_pool when neither min_size nor max_size is given
+
+
+def check_settings(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Report every mistake in BGTASKS (bgtasks.E001 to E008) and BGTASKS_SNAPSHOT (E020 to E023)."""
+    return [
+        checks.Error(problem.message, hint=problem.hint, id=problem.id)
+        for problem in (
+            *conf.problems(conf.configured()),
+            *conf.snapshot_problems(getattr(settings, "BGTASKS_SNAPSHOT", None)),
+        )
+    ]
+
+
+def check_handoff(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Report engines that nothing can be handed off to (bgtasks.E014 to E016, W010)."""
+    if any(conf.problems(conf.configured())):
+        return []
+    found: list[checks.CheckMessage] = []
+    for pool, options in conf.configured().items():
+        where = f"BGTASKS[{pool!r}]"
+        alias = options.get("HANDOFF_TO")
+        if alias is not None:
+            found += _engine_problems(f'{where}["HANDOFF_TO"]', alias)
+        elif "HANDOFF_WHEN" in options:
+            found.append(
+                checks.Warning(
+                    f'{where}["HANDOFF_WHEN"] has no effect without HANDOFF_TO.',
+                    hint="Name the engine in HANDOFF_TO, or remove HANDOFF_WHEN.",
+                    id="bgtasks.W010",
+                )
+            )
+    return found
+
+
+def _engine_problems(where: str, alias: str) -> list[checks.CheckMessage]:
+    if django.VERSION < (6, 0):
+        return [
+            checks.Error(
+                f"{where} needs django.tasks, which Django has from 6.0 on.",
+                hint="Upgrade Django, or remove HANDOFF_TO: tasks run in this process only.",
+                id="bgtasks.E014",
+            )
+        ]
+    aliases: dict[str, dict[str, Any]] = settings.TASKS
+    if alias not in aliases:
+        return [
+            checks.Error(
+                f"{where} is {alias!r}, which is not an alias in TASKS.",
+                hint=f"TASKS defines: {', '.join(map(repr, aliases)) or 'nothing'}.",
+                id="bgtasks.E015",
+            )
+        ]
+    backend = aliases[alias].get("BACKEND")
+    if backend not in NO_ENGINES:
+        return []
+    return [
+        checks.Error(
+            f"{where} is {alias!r}, whose backend {backend} is no engine: it {NO_ENGINES[backend]}.",
+            hint="Name the alias of an engine with workers of its own, such as django-tasks-db.",
+            id="bgtasks.E016",
+        )
+    ]
+
+
+def check_database_pools(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn if background tasks alone can take every connection of a database's pool (bgtasks.W001)."""
+    if any(conf.problems(conf.configured())):
+        return []
+    slots = {name: config.conn_max for name in conf.pool_names() if (config := conf.pool_config(name))}
+    total = sum(slots.values())
+    by_pool = ", ".join(f"{name!r}: {conn_max}" for name, conn_max in slots.items())
+    cache_databases = _cache_databases()
+    found: list[checks.CheckMessage] = []
+    for alias in connections:
+        size = _pool_size(connections.settings[alias])
+        publishing = alias in cache_databases
+        if size is None or total + publishing < size:
+            continue
+        who = (
+            "Background tasks, and the snapshots in the database cache," if publishing else "Background tasks"
+        )
+        found.append(
+            checks.Warning(
+                f"{who} can hold {total + publishing} connections of the database {alias!r} at once, and its "
+                f"pool has {size}: nothing is left for requests.",
+                hint=(
+                    f"Lower CONN_MAX in BGTASKS ({by_pool}), or raise the size of the connection pool: "
+                    f'DATABASES[{alias!r}]["OPTIONS"]["pool"] = {{"max_size": {3 * total}}}.'
+                ),
+                id="bgtasks.W001",
+            )
+        )
+    return found
+
+
+def _cache_databases() -> set[str]:
+    """Return the databases that publishing a snapshot takes a connection of, if its cache is in one."""
+    config = conf.snapshot_config()
+    if config is None:
+        return set()
+    try:
+        cache = caches[config.cache]
+    except Exception:
+        return set()  # whoever uses it will hear of it
+    if not isinstance(cache, BaseDatabaseCache):
+        return set()
+    model: Any = cache.cache_model_class
+    return {router.db_for_read(model), router.db_for_write(model)}
+
+
+def check_lifespan(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn before a deployment if ASGI_APPLICATION is not wrapped in bgtasks.asgi.lifespan (bgtasks.W002)."""
+    path = getattr(settings, "ASGI_APPLICATION", None)
+    if path is None:
+        return []
+    try:
+        application = import_string(path)
+    except Exception:
+        return []  # whoever starts the server will hear of it
+    if hasattr(application, "bgtasks_lifespan"):
+        return []
+    return [
+        checks.Warning(
+            f"ASGI_APPLICATION ({path!r}) is not wrapped in bgtasks.asgi.lifespan: under uvicorn, the tasks "
+            "that are queued or running when a process ends would be lost.",
+            hint="Write application = bgtasks.asgi.lifespan(get_asgi_application()) in asgi.py.",
+            id="bgtasks.W002",
+        )
+    ]
+
+
+def _pool_size(database: dict[str, Any]) -> int | None:
+    """Return how many connections the psycopg pool of a database may hold; None if that cannot be told."""
+    pool = database.get("OPTIONS", {}).get("pool")
+    if not pool:
+        return None
+    options = cast(dict[str, Any], pool) if isinstance(pool, dict) else {}
+    least = options.get("min_size", PSYCOPG_POOL_SIZE)
+    most = options.get("max_size")
+    size = least if most is None else most
+    return size if isinstance(size, int) else None  # psycopg_pool will say what is wrong with it

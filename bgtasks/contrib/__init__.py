@@ -1,0 +1,1 @@
+"""Bridges to other libraries. Each module needs the one it is named after, and nothing else does."""

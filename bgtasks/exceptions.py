@@ -1,0 +1,27 @@
+"""What bgtasks raises: only for mistakes in the calling code or the settings, never because of load."""
+
+from __future__ import annotations
+
+from django.core.exceptions import ImproperlyConfigured
+
+
+class PoolDoesNotExist(KeyError):  # noqa: N818  # the words of Django's own errors of this kind
+    """``bgtasks.pools[name]`` with a name that the setting BGTASKS does not define."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show the repr of its message
+
+
+class InvalidSettings(ImproperlyConfigured):
+    """The setting BGTASKS has a mistake. ``manage.py check`` lists all of them, with hints."""
+
+
+class TaskDropped(Exception):  # noqa: N818  # an outcome, not a mistake
+    """The error of a ``django.tasks`` task that its pool did not accept or, at shutdown, gave up.
+
+    It is never raised: ``enqueue`` returns a result that says FAILED, and has this in its ``errors``.
+    """
+
+
+class PayloadError(Exception):
+    """A worker of the engine was given a function that it must not, or cannot, run. The message says why."""

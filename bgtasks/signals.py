@@ -1,0 +1,23 @@
+"""The signals of a task's life. The sender is the pool; receivers are called robustly.
+
+``task_spawned`` and ``task_dropped`` are sent in the code that spawns, so their receivers should be quick.
+``task_started`` and ``task_finished`` are sent in the task's context and on its slot's thread, so their
+receivers may use the ORM; a task counts as running until they have returned.
+
+========================  ==============================================================================
+signal                    arguments
+========================  ==============================================================================
+``task_spawned``          ``name``
+``task_dropped``          ``name``, ``reason`` (``"full"``, ``"shutdown"`` or ``"no_thread"``)
+``task_started``          ``name``
+``task_finished``         ``name``, ``outcome`` (``"succeeded"``, ``"failed"``, ``"timed_out"``,
+                          ``"cancelled"``, ``"handed_off"``), ``error`` (the exception or None)
+========================  ==============================================================================
+"""
+
+from django.dispatch import Signal
+
+task_spawned = Signal()
+task_started = Signal()
+task_finished = Signal()
+task_dropped = Signal()

@@ -1,0 +1,1 @@
+"""Guestlist: a small sign-up site that shows what bgtasks is for."""

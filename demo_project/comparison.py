@@ -1,0 +1,300 @@
+"""The measurement behind `manage.py compare`: visitors by the clock, bursts of tasks in their way.
+
+In each round every contender gets a fresh server: nobody (visitors alone), a thread each, ThreadPoolExecutor,
+bgtasks. Once the server is warm, visitors are measured, for a given time without a burst, or else from the
+burst until its last task has ended. A request belongs to the stretch it was due in, however late its answer.
+The contenders take turns, so that whatever else the machine does meets them all.
+"""
+
+import http.cookiejar
+import json
+import statistics
+import threading
+import time
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+from . import processes
+from .figures import Summary
+from .models import Member
+
+MEANS = (Member.How.THREAD, Member.How.EXECUTOR, Member.How.BGTASKS)  # the order of the table
+CONTENDERS = (None, Member.How.BGTASKS, Member.How.THREAD, Member.How.EXECUTOR)  # None: nobody
+REQUEST_TIMEOUT = 10.0  # seconds, after which a request has failed
+PATIENCE = 60.0  # seconds beyond the expected end of a burst, after which its remaining tasks are lost
+WARM_UP_TASKS = 16  # before a round is measured
+
+Stretch: TypeAlias = tuple[float, float]  # from and to, epoch seconds
+Progress: TypeAlias = Callable[[str, float], None]  # what is going on, and how many seconds of it have passed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure; times are seconds."""
+
+    scenario: processes.Scenario
+    burst: int
+    rounds: int
+    idle: float
+    warm_up: float
+
+    def expected(self, how: Member.How | None) -> float:
+        """Return how long the measured stretch should be, for the progress bar."""
+        if how is None:
+            return self.idle
+        slots = max(1, self.scenario.pool_size // 3)  # as in the settings
+        at_once = min(self.burst, slots if how is Member.How.BGTASKS else self.scenario.pool_size)
+        return self.burst * self.scenario.task_seconds / at_once
+
+    def seconds(self) -> float:
+        """Return how long all of it should take, apart from starting the servers."""
+        return self.rounds * sum(self.warm_up + self.expected(how) for how in CONTENDERS)
+
+
+@dataclass
+class Measured:
+    """One line of the table. Percentiles are the median of the rounds, the rest is their total."""
+
+    label: str
+    rounds: list[Summary] = field(default_factory=list)
+    tasks: int = 0
+    lost: int = 0
+    dropped: int = 0
+
+    @property
+    def p50(self) -> float:
+        """Return the median request latency, in ms."""
+        return statistics.median(each.p50 or 0.0 for each in self.rounds)
+
+    @property
+    def p99(self) -> float:
+        """Return the latency that 1 % of the requests exceed, in ms."""
+        return statistics.median(each.p99 or 0.0 for each in self.rounds)
+
+    @property
+    def max(self) -> float:
+        """Return the slowest request of all rounds, in ms."""
+        return max((each.max or 0.0 for each in self.rounds), default=0.0)
+
+    @property
+    def requests(self) -> int:
+        """Return how many requests were made."""
+        return sum(each.requests for each in self.rounds)
+
+    @property
+    def failed(self) -> int:
+        """Return how many of them failed."""
+        return sum(each.failed for each in self.rounds)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line for `--json`."""
+        return {
+            "label": self.label,
+            "p50_ms": round(self.p50, 2),
+            "p99_ms": round(self.p99, 2),
+            "max_ms": round(self.max, 2),
+            "requests": self.requests,
+            "failed_requests": self.failed,
+            "tasks": self.tasks,
+            "lost_tasks": self.lost,
+            "dropped_tasks": self.dropped,
+            "rounds": [each.as_json() for each in self.rounds],
+        }
+
+
+class Visitors:
+    """The samples of a running probe, read as they come."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self._samples: list[tuple[float, float, bool]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            due, latency, ok = json.loads(line)
+            self._samples.append((due, latency, ok))
+
+    def leave(self) -> None:
+        """Let the probe wait for its last answers, and read them."""
+        self._process.stdin.close()
+        self._reader.join(REQUEST_TIMEOUT + 10)
+
+    def during(self, stretch: Stretch) -> Summary:
+        """Sum up the requests that were due in a stretch of time."""
+        start, end = stretch
+        return Summary.of((latency, ok) for due, latency, ok in self._samples if start <= due < end)
+
+
+class Client:
+    """The one who asks for bursts: a browser reduced to its cookies."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._cookies = http.cookiejar.CookieJar()
+        self._opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor(self._cookies))
+        self._open("")  # for the CSRF cookie
+
+    def _open(self, path: str, data: dict[str, str] | None = None) -> bytes:
+        body = None if data is None else urllib.parse.urlencode(data).encode()
+        token = next((cookie.value or "" for cookie in self._cookies if cookie.name == "csrftoken"), "")
+        request = urllib.request.Request(self._address + path, body, {"X-CSRFToken": token})
+        with self._opener.open(request, timeout=30) as response:
+            answer: bytes = response.read()
+        return answer
+
+    def start_burst(self, how: Member.How, count: int) -> uuid.UUID:
+        """Start a burst and return its key."""
+        return uuid.UUID(json.loads(self._open("bursts/", {"how": how.value, "count": str(count)}))["key"])
+
+    def ended(self, key: uuid.UUID) -> float | None:
+        """Return when the burst's last task ended, or None; asks nothing of the database."""
+        bursts = json.loads(self._open(f"live/?after={10**9}"))["bursts"]
+        ended: float | None = next((burst["ended"] for burst in bursts if burst["key"] == str(key)), None)
+        return ended
+
+    def burst(self, key: uuid.UUID) -> dict[str, Any]:
+        """Return the burst's account and the number of mails that have a row."""
+        account: dict[str, Any] = json.loads(self._open(f"bursts/{key}/"))
+        return account
+
+
+class Comparison:
+    """Measures the contenders, round by round.
+
+    Args:
+        plan: what to measure.
+        stop: what may end it early.
+        progress: is told what goes on, and how many seconds of it have passed.
+    """
+
+    def __init__(self, plan: Plan, stop: processes.Stop, progress: Progress) -> None:
+        self.plan = plan
+        self.idle = Measured("(no burst)")
+        self.means = {how: Measured(str(how.label)) for how in MEANS}
+        self._stop = stop
+        self._progress = progress
+
+    def run(self, database: processes.Database, mail_port: int, data_dir: Path) -> None:
+        """Measure everything.
+
+        Args:
+            database: where the site keeps its rows.
+            mail_port: where it sends its mails.
+            data_dir: where its cache goes, and what the servers print.
+        """
+        environment = self.plan.scenario.variables(database, mail_port, data_dir)
+        log = data_dir / "compare.log"
+        processes.migrate(environment)
+        for number in range(1, self.plan.rounds + 1):
+            for how in CONTENDERS:
+                line = self.idle if how is None else self.means[how]
+                text = f"round {number} of {self.plan.rounds}: {line.label}"
+                with (
+                    processes.web_server(0, environment, log, self._stop) as address,
+                    processes.probe(
+                        f"{address}members/", self.plan.scenario.rate, environment, timeout=REQUEST_TIMEOUT
+                    ) as process,
+                ):
+                    visitors, client = Visitors(process), Client(address)
+                    self._warm_up(text, how or Member.How.BGTASKS, client)
+                    if how is None:
+                        stretch = self._pass(text, self.plan.idle, client)
+                    else:
+                        stretch = self._burst(text, how, client, line)
+                    visitors.leave()
+                    line.rounds.append(visitors.during(stretch))
+
+    def _pass(self, text: str, seconds: float, client: Client) -> Stretch:
+        """Let time pass, asking for the figures as often as during a burst, and return the stretch."""
+        nobody, start = uuid.uuid4(), time.time()
+        while (left := start + seconds - time.time()) > 0:
+            self._tick(text, min(0.5, left))
+            client.ended(nobody)
+        return start, time.time()
+
+    def _warm_up(self, text: str, how: Member.How, client: Client) -> None:
+        """Let visitors come, and have a few tasks done: the first in a process load what mails need."""
+        self._pass(text, self.plan.warm_up, client)
+        self._wait(text, client, client.start_burst(how, WARM_UP_TASKS), time.time() + PATIENCE)
+
+    def _burst(self, text: str, how: Member.How, client: Client, line: Measured) -> Stretch:
+        """Start a burst, wait until it is worked off, and return the stretch."""
+        asked, start = self.plan.burst, time.time()
+        key = client.start_burst(how, asked)
+        ended = self._wait(text, client, key, start + self.plan.expected(how) + PATIENCE)
+        account = client.burst(key)
+        line.tasks += asked
+        line.dropped += account["refused"]
+        line.lost += asked - account["rows"]
+        return start, ended or time.time()
+
+    def _wait(self, text: str, client: Client, key: uuid.UUID, deadline: float) -> float | None:
+        """Wait until a burst is worked off, and return when that was; None if the `deadline` came first."""
+        ended: float | None = None
+        while ended is None and time.time() < deadline:
+            self._tick(text, 0.5)
+            ended = client.ended(key)
+        return ended
+
+    def _tick(self, text: str, seconds: float) -> None:
+        """Wait, and say so."""
+        self._stop.wait(seconds)
+        self._progress(text, seconds)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the promise was kept: bgtasks leaves the visitors alone, a thread each does not."""
+
+    ratios: dict[str, float]  # of each means: p99 during the bursts / p99 without
+    broken: list[str]  # what was promised and is not so
+    note: str = ""  # what speaks against the figures
+
+    BGTASKS_AT_MOST: ClassVar[float] = 1.3
+    THREADS_AT_LEAST: ClassVar[float] = 20.0
+    STEADY: ClassVar[float] = 2.0  # the idle p99 of two rounds may differ by this factor
+
+    @property
+    def kept(self) -> bool:
+        """Return True if nothing of the promise is broken."""
+        return not self.broken
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> "Verdict":
+        """Judge the figures."""
+        ratios = {
+            how.value: round(line.p99 / max(comparison.idle.p99, 0.01), 2)
+            for how, line in comparison.means.items()
+        }
+        background, threads = comparison.means[Member.How.BGTASKS], comparison.means[Member.How.THREAD]
+        broken = []
+        if ratios[Member.How.BGTASKS.value] > cls.BGTASKS_AT_MOST:
+            broken.append(
+                f"with bgtasks the request p99 is {ratios[Member.How.BGTASKS.value]} x the idle one, "
+                f"promised was at most {cls.BGTASKS_AT_MOST}"
+            )
+        if background.failed:
+            broken.append(f"with bgtasks {background.failed} requests failed")
+        if background.lost > background.dropped:
+            broken.append(f"bgtasks lost {background.lost - background.dropped} tasks that it had accepted")
+        if not (threads.failed or threads.lost or ratios[Member.How.THREAD.value] > cls.THREADS_AT_LEAST):
+            broken.append(
+                f"a thread each did no harm (p99 {ratios[Member.How.THREAD.value]} x the idle one, "
+                "nothing failed): this burst is too small"
+            )
+        idle = [each.p99 or 0.0 for each in comparison.idle.rounds]
+        calm, restless = min(idle), max(idle)
+        note = ""
+        if restless > calm * cls.STEADY:
+            note = (
+                f"without a burst the p99 was {calm:.1f} ms in one round and {restless:.1f} ms in another: "
+                "this machine is busy with something else, so try again, or with more --rounds"
+            )
+        return cls(ratios, broken, note)

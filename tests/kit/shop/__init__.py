@@ -1,0 +1,1 @@
+"""The shop: one model, one view that spawns, sync and async."""

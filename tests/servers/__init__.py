@@ -1,0 +1,1 @@
+"""The site that the real servers serve in tests/test_servers.py."""

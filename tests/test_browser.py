@@ -1,0 +1,395 @@
+"""The page in the admin, as a real browser shows it: two gunicorn workers under load, a strict policy.
+
+Chromium is the system's own; nothing is downloaded. BGTASKS_SCREENSHOTS names a directory for the pictures of
+the documentation.
+"""
+
+import os
+import re
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import httpx
+import pytest
+from django.contrib.auth.models import Permission, User
+from django.db import connection
+from pytest_django import Settings
+
+from bgtasks.figures import LAST
+from tests.gate import BOUND
+from tests.processes import Server, free_port, program
+from tests.site.urls import LOCK
+
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.browser]
+
+PAGE = "/admin/bgtasks/backgroundtasks/"
+MS = 1000 * BOUND  # the bound of a wait, in milliseconds
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+class Site(Server):
+    """The site under gunicorn with two workers, and what they have answered."""
+
+    def __init__(self, directory: Path) -> None:
+        port = free_port()
+        config = Path(__file__).parent / "site" / "gunicorn_conf.py"
+        argv = [
+            str(Path(sys.executable).parent / "gunicorn"),
+            "-b",
+            f"127.0.0.1:{port}",
+            "-w",
+            "2",
+            "-c",
+            str(config),
+        ]
+        env = {
+            "DJANGO_SETTINGS_MODULE": "tests.browser.settings",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        super().__init__(
+            [*argv, "--threads", "4", "--no-control-socket", "tests.site.wsgi:application"],
+            port=port,
+            env=env,
+            cwd=directory,
+        )
+
+    def spawn(self, what: str, count: int, *, workers: int = 1, pool: str = "default") -> set[int]:
+        """Have tasks spawned until so many workers have answered; return their process ids."""
+        pids: set[Any] = set()
+        while len(pids) < workers:
+            # A connection each, so that it is not always the same worker that answers.
+            pids.add(httpx.get(f"{self.url}/spawn/{pool}/{what}/{count}/", timeout=BOUND).json()["pid"])
+        return pids
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    path = program("chromium", "chromium-browser", "google-chrome")
+    with pytest.MonkeyPatch.context() as patch, sync_playwright() as playwright:
+        # Playwright's blocking interface has an event loop on this thread, where Django would refuse to work.
+        patch.setenv("DJANGO_ALLOW_ASYNC_UNSAFE", "1")
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path, settings: Settings) -> Iterator[Site]:
+    with Site(tmp_path) as site:
+        site.wait_line("worker is ready", 2)
+        yield site
+        site.stop()
+
+
+@pytest.fixture
+def held() -> Iterator[None]:
+    """Hold the lock that the tasks called "held-task" wait for."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(%s)", [LOCK])
+        yield
+        cursor.execute("SELECT pg_advisory_unlock_all()")
+
+
+@pytest.fixture
+def visitor(chromium: Any, site: Any) -> Iterator[Any]:
+    """Return a function that logs a user in and opens the page; nothing may go wrong in the browser."""
+    said: list[str] = []
+    contexts = []
+
+    def visit(*codenames: str, superuser: bool = False, path: str = PAGE, **options: Any) -> Any:
+        user = User.objects.create_user("ada", password="pw", is_staff=True, is_superuser=superuser)
+        user.user_permissions.set(Permission.objects.filter(codename__in=codenames))
+        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(MS)
+        page.on(
+            "console",
+            lambda message: said.append(message.text) if message.type in {"error", "warning"} else None,
+        )
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(f"{site.url}/admin/login/?next={path}")
+        page.fill("#id_username", "ada")
+        page.fill("#id_password", "pw")
+        with page.expect_navigation():
+            page.click("[type=submit]")
+        page.said = said
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+def wait(page: Any, expression: str, *args: Any) -> None:
+    """Wait until a JavaScript expression is true. Playwright's own way needs `eval`, which is forbidden."""
+    deadline = monotonic() + BOUND
+    while not page.evaluate(expression, *args):
+        assert monotonic() < deadline, page.locator("#content-main").inner_text()
+        page.wait_for_timeout(50)
+
+
+# The paths of the machine that takes a picture, and what a site would have there.
+PLACES = {
+    sysconfig.get_path("purelib"): "/srv/shop/.venv/lib/python3.13/site-packages",
+    sysconfig.get_path("stdlib"): "/usr/lib/python3.13",
+    str(Path(__file__).parent.parent): "/srv/shop",
+}
+RENAME = """places => {
+    const moves = Object.entries(places).filter(([here, there]) => !there.includes(here));
+    const rename = () => {
+        const nodes = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+        while (nodes.nextNode())
+            for (const [here, there] of moves)
+                if (nodes.currentNode.data.includes(here))
+                    nodes.currentNode.data = nodes.currentNode.data.replaceAll(here, there);
+    };
+    const everything = {childList: true, subtree: true, characterData: true};
+    new MutationObserver(rename).observe(document.body, everything);
+    rename();
+}"""
+
+
+def picture(page: Any, name: str) -> None:
+    """Keep a picture for the documentation, if a directory for it is given."""
+    if directory := os.environ.get(
+        "BGTASKS_SCREENSHOTS"
+    ):  # pragma: no cover  # only for whoever asks for them
+        page.evaluate("scrollTo(0, 0)")  # or the sidebar, which sticks, is somewhere in the middle
+        page.wait_for_timeout(1500)
+        page.evaluate(RENAME, PLACES)
+        (Path(directory) / f"{name}.png").write_bytes(page.screenshot(full_page=True))
+
+
+def faults(page: Any) -> list[str]:
+    """Return what axe-core finds on the page that is serious or worse."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    results = Axe().run(page)
+    return [
+        f"{fault['id']}: {node['html'][:200]}"
+        for fault in results.response["violations"]
+        if fault["impact"] in {"serious", "critical"}
+        for node in fault["nodes"]
+    ]
+
+
+def load(site: Site) -> None:
+    """Have both workers run, queue, drop and fail something."""
+    site.spawn("done", 20, workers=2)
+    site.spawn("fail", 2, workers=2)
+    site.spawn("held", 30, workers=2)
+    for _ in range(4):
+        site.spawn("held", 20, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("light", {"color_scheme": "light"}),
+        ("dark", {"color_scheme": "dark"}),
+        ("narrow", {"color_scheme": "light", "viewport": {"width": 375, "height": 812}}),
+    ],
+)
+def test_page_shows_both_workers_under_load(
+    name: str, options: Any, site: Any, visitor: Callable[..., Any], held: Any
+) -> None:
+    """Two processes appear together, and the page has no fault, whatever the theme and the width."""
+    site.spawn("done", 40, workers=2)
+    site.spawn("fail", 1, workers=2)
+    pids = site.spawn("held", 12, workers=2)
+    page = visitor("view_background_tasks", "pause_pools", **options)
+
+    rows = page.locator("#bt-processes tbody tr", has_text="default")
+    wait(
+        page,
+        "pids => pids.every(pid => document.querySelector('#bt-processes').innerText.includes(':' + pid))",
+        list(pids),
+    )
+    wait(page, "document.querySelectorAll('.bt-pool .bt-now')[1].innerText.startsWith('8 of 8')")
+    assert rows.count() == 2
+    assert page.locator(".bt-pool", has_text="held-task").count() == 1
+    width = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width[0] <= width[1]
+    page.locator(".bt-failure summary").first.click()
+    picture(page, name)
+    assert faults(page) == []
+    assert page.said == []
+
+
+def test_page_without_any_task(site: Any, visitor: Callable[..., Any]) -> None:
+    """A site that has done nothing yet has a page that says so."""
+    page = visitor("view_background_tasks")
+    page.get_by_text("No task yet").first.wait_for()
+    assert page.locator(".bt-pause").count() == 0
+    picture(page, "empty")
+
+    assert faults(page) == []
+    assert page.said == []
+
+
+def test_page_of_an_overloaded_site(site: Any, visitor: Callable[..., Any], held: Any) -> None:
+    """Full queues, drops and failures are where one looks first."""
+    load(site)
+    page = visitor(superuser=True)
+    page.get_by_text("queue full").first.wait_for()
+    page.locator(".bt-head .bt-badge", has_text="full").first.wait_for()
+    wait(page, "document.querySelectorAll('.bt-drops tbody tr').length === 2")
+    dropped = page.locator(".bt-drops tbody tr td:nth-child(3)").all_inner_texts()
+    all_dropped = page.locator(".bt-tile", has_text="Dropped").first.locator("dd").inner_text()
+    assert sum(map(int, dropped)) == int(all_dropped) > 2 * LAST
+    picture(page, "overloaded")
+
+    assert faults(page) == []
+    assert page.said == []
+
+
+def test_failure_shows_up_with_its_traceback(site: Any, visitor: Callable[..., Any]) -> None:
+    """A task that fails is on the open page within 3 s, without a reload; so is its traceback."""
+    page = visitor("view_background_tasks")
+    page.get_by_text("No task yet").first.wait_for()
+    site.spawn("fail", 1)
+    failure = page.locator(".bt-failure")
+    failure.wait_for(timeout=3000)
+    failure.locator("summary").click()
+
+    text = failure.locator("pre").inner_text()
+    assert "ConnectionRefusedError: the mail server does not answer" in text
+    assert "in fail" in text
+    assert "ada@example.com" not in page.content()
+    assert "Task fail-task failed" in page.locator("#bt-news").inner_text()
+
+
+def test_stuck_slot_is_shown_with_its_stack(site: Any, visitor: Callable[..., Any], held: Any) -> None:
+    """A task past TASK_TIMEOUT is marked in red, as is its pool, and can be opened to see where it is."""
+    site.spawn("held", 1, pool="strict")
+    page = visitor("view_background_tasks")
+    pool = page.locator(".bt-pool", has_text="strict")
+    pool.locator(".bt-head .bt-badge", has_text="1 stuck").wait_for()
+    row = pool.locator(".bt-running tbody tr", has_text="held-task")
+    mark = row.get_by_text("stuck", exact=True)
+    mark.wait_for()
+    row.locator("summary").click()
+    page.locator(".bt-running pre").wait_for()
+
+    red = [
+        tuple(map(int, re.findall(r"\d+", of.evaluate("node => getComputedStyle(node).color"))[:3]))
+        for of in (mark, pool.locator(".bt-head .bt-badge"))
+    ]
+    assert all(color[0] > 1.5 * max(color[1:]) for color in red), red
+    assert "in pass_gate" in row.locator("pre").inner_text()
+    picture(page, "stuck")
+    assert faults(page) == []
+    assert page.said == []
+
+
+def test_open_traceback_stays_open(site: Any, visitor: Callable[..., Any]) -> None:
+    """The page refreshes itself under an open traceback without closing it."""
+    site.spawn("fail", 1)
+    page = visitor("view_background_tasks")
+    page.locator(".bt-failure summary").click()
+    before = page.locator("#bt-summary").inner_text()
+    wait(page, "before => document.querySelector('#bt-summary').innerText !== before", before)
+
+    assert page.locator(".bt-failure").get_attribute("open") is not None
+
+
+def test_viewer_without_the_permission_gets_403(site: Any, visitor: Callable[..., Any]) -> None:
+    """Staff without the permission see nothing of it."""
+    page = visitor()
+
+    assert page.title().startswith("403")
+
+
+def test_pool_is_paused_and_resumed_with_the_keyboard(site: Any, visitor: Callable[..., Any]) -> None:
+    """Both workers pause, hold what is spawned, and go on, all with the keyboard."""
+    site.spawn("done", 1, workers=2)
+    page = visitor("view_background_tasks", "pause_pools")
+    button = page.get_by_role("button", name="Pause pool default")
+    button.focus()
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Resume pool default").wait_for()
+    assert page.evaluate("document.activeElement.innerText") == "Resume"
+    # A worker that is idle hears of the pause with its next task.
+    site.spawn("done", 1, workers=2)
+    rows = page.locator("#bt-processes tbody tr", has_text="default")
+    wait(
+        page,
+        "[...document.querySelectorAll('#bt-processes tr')]"
+        ".filter(row => row.innerText.includes('paused')).length === 2",
+    )
+    site.spawn("done", 3, workers=2)
+    wait(page, "parseInt(document.querySelector('.bt-now').innerText) >= 6")
+
+    page.keyboard.press("Enter")
+    wait(page, "parseInt(document.querySelector('.bt-now').innerText) === 0")
+    assert rows.count() == 2
+    assert page.said == []
+
+
+def test_page_can_be_held_still(site: Any, visitor: Callable[..., Any]) -> None:
+    """Whoever is disturbed by figures that change can stop them.
+
+    The clock of the page is the test's. A page that is not held still looks again within ten seconds of it,
+    as the end of the test shows.
+    """
+    site.spawn("done", 1)
+    page = visitor("view_background_tasks")
+    page.locator(".bt-pool", has_text="done-task").wait_for()
+    page.clock.install()
+    page.reload()
+    page.locator(".bt-pool", has_text="done-task").wait_for()
+    page.get_by_role("button", name="Hold still").click()
+    page.get_by_role("button", name="Go on").wait_for()
+    page.wait_for_load_state("networkidle")
+    before = page.locator("#bt-summary").inner_text()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    site.spawn("fail", 1)
+    page.clock.run_for(10_000)
+    # Whatever it had asked for would have been asked for before this, and is seen before its answer.
+    last = f"{site.url}/static/bgtasks/admin.js?last"
+    page.evaluate("url => fetch(url).then(() => true)", last)
+    assert (page.locator("#bt-summary").inner_text(), requests) == (before, [last])
+
+    page.get_by_role("button", name="Go on").click()
+    page.clock.run_for(10_000)
+    page.locator(".bt-failure").wait_for()
+
+
+def test_page_says_so_when_the_site_does_not_answer(site: Any, visitor: Callable[..., Any]) -> None:
+    """What is shown is old then, and the page says that it is."""
+    page = visitor("view_background_tasks")
+    page.get_by_text("No task yet").first.wait_for()
+    page.context.set_offline(True)
+
+    page.get_by_text("The site does not answer").wait_for()
+
+
+def test_sizing_calculator_calculates(chromium: Any) -> None:
+    """The calculator in the documentation answers at once, and again when a number changes.
+
+    It lies in the page's section, whose id is made of its title.
+    """
+    text = (Path(__file__).parent.parent / "docs" / "sizing.md").read_text()
+    calculator = text[text.index("<form") : text.index("</script>")] + "</script>"
+    page = chromium.new_page()
+    page.set_default_timeout(MS)
+    complaints = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.set_content(f'<section id="sizing"><h1>Sizing</h1>{calculator}</section>')
+    fits = page.text_content("output")
+    page.fill("[name=processes]", "40")
+    does_not = page.text_content("output")
+    page.close()
+
+    assert complaints == []
+    assert "takes up to 8 connections, all of them 64 during a deploy; 90 are allowed: that fits." in fits
+    assert "after 30.0 s, and needs a CAPACITY of 396." in fits
+    assert "all of them 640 during a deploy; 90 are allowed: too many, even with one slot." in does_not

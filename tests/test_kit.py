@@ -1,0 +1,78 @@
+"""The testing kit in a project that uses it: under pytest, pytest-xdist and Django's runner."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.processes import environment, run_python
+
+pytestmark = pytest.mark.kit
+
+ROOT = Path(__file__).parent.parent
+PYTEST = [
+    "-m",
+    "pytest",
+    "-c",
+    os.devnull,
+    f"--rootdir={ROOT}",
+    "--noconftest",
+    "--import-mode=append",
+    "-o",
+    "python_files=tests.py pytest_tests.py",
+    "-o",
+    "asyncio_default_fixture_loop_scope=function",
+    "-o",
+    "django_find_project=false",
+    "-p",
+    "no:randomly",
+    "-p",
+    "no:hypothesispytest",  # would import hypothesis, with its asserts rewritten, at the end
+    "-W",
+    "error",
+    str(ROOT / "tests" / "kit"),
+]
+RUNNERS = {
+    "pytest": PYTEST,
+    "xdist": [*PYTEST, "-n", "2"],
+    "django": ["-W", "error", "-m", "django", "test", "tests.kit", "--noinput"],
+    "django-parallel": ["-m", "django", "test", "tests.kit", "--noinput", "--parallel", "2"],
+}
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_project_tests_itself(runner: str, database: str) -> None:
+    """Every runner passes, drops its databases, and leaves no connection to them."""
+    server = os.environ["BGTASKS_TEST_POSTGRESQL"]
+    env = environment({"DJANGO_SETTINGS_MODULE": "tests.kit.settings", "PYTEST_ADDOPTS": ""})
+    if database == "postgresql":
+        env["KIT_POSTGRESQL"] = server
+
+    done = subprocess.run(
+        [sys.executable, *RUNNERS[runner]],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "15 passed" in done.stdout or "Ran 8 tests" in done.stderr
+    with psycopg.connect(host=server, user="postgres", dbname="postgres") as connection:
+        [(databases,)] = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'kit%'")
+    assert databases == 0
+
+
+def test_the_plugin_does_not_import_django() -> None:
+    """Pytest loads it in every project, with Django or without."""
+    done = run_python(
+        "import sys, pytest_bgtasks; print([m for m in ('django', 'bgtasks') if m in sys.modules])"
+    )
+
+    assert done.stdout == "[]\n"

@@ -1,0 +1,217 @@
+"""The likeliest mistakes, and what a newcomer is told about each, word for word."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import User
+from django.core import checks
+from django.core.exceptions import SynchronousOnlyOperation
+from django.db import transaction
+from django.test import modify_settings, override_settings
+
+import bgtasks
+from bgtasks.checks import check_database_pools, check_lifespan, check_settings
+from bgtasks.exceptions import InvalidSettings, PoolDoesNotExist
+from bgtasks.pools import lifespan, pools
+
+
+def send() -> None: ...
+
+
+def lazy() -> Iterator[None]:
+    yield
+
+
+def told(error: type[Exception], *args: Any, **kwargs: Any) -> str:
+    with pytest.raises(error) as caught:
+        bgtasks.spawn(*args, **kwargs)
+    return str(caught.value)
+
+
+def test_the_result_of_a_call_in_place_of_the_function() -> None:
+    """Spawning f() instead of f."""
+    assert told(TypeError, "send", send()) == (
+        "task 'send' is None, which cannot be called; "
+        "pass the function itself and its arguments, not the result of calling it"
+    )
+
+
+def test_no_name() -> None:
+    """The name left out."""
+    assert told(TypeError, send, 7).startswith("the name of a task must be a str, not <function send at")
+
+
+def test_a_generator_function() -> None:
+    """A function that would run nothing."""
+    assert told(TypeError, "lazy", lazy) == (
+        "task 'lazy' is a generator function; calling it would run nothing of it"
+    )
+
+
+async def nothing() -> None: ...
+
+
+def test_arguments_for_a_coroutine_object() -> None:
+    """Arguments given twice."""
+    assert (
+        told(TypeError, "ping", nothing(), 1) == "task 'ping' is a coroutine object, which takes no arguments"
+    )
+
+
+def test_a_wrong_pool_name() -> None:
+    """A misspelt pool."""
+    with override_settings(BGTASKS={"email": {}}), pytest.raises(PoolDoesNotExist) as caught:
+        bgtasks.pools["mial"]
+
+    assert str(caught.value) == "no pool named 'mial'; BGTASKS defines: 'default', 'email'"
+
+
+def test_a_misspelt_option() -> None:
+    """A wrong key in the settings, at check and at the first use."""
+    with override_settings(BGTASKS={"default": {"CONMAX": 8}}):
+        [error] = check_settings()
+        message = told(InvalidSettings, "send", send)
+
+    assert error == checks.Error(
+        "BGTASKS['default']['CONMAX'] is not an option of a pool.",
+        hint="Did you mean 'CONN_MAX'?",
+        id="bgtasks.E004",
+    )
+    assert message == f"{error.msg} {error.hint} (bgtasks.E004)"
+
+
+def test_an_option_outside_of_a_pool() -> None:
+    """The level of the pools left out."""
+    with override_settings(BGTASKS={"CAPACITY": 100}):
+        [error] = check_settings()
+
+    assert error == checks.Error(
+        "BGTASKS['CAPACITY'] is 100, not a dictionary of options.",
+        hint="Options belong to a pool: write BGTASKS = {'default': {'CAPACITY': 100}}.",
+        id="bgtasks.E003",
+    )
+
+
+def test_a_model_instance_under_handoff(caplog: pytest.LogCaptureFixture) -> None:
+    """A row that may have changed until a worker has it, and that JSON cannot carry."""
+    pytest.importorskip("django.tasks", reason="django.tasks is new in 6.0")
+    engine = {"engine": {"BACKEND": "tests.broker.Broker", "QUEUES": []}}
+    always = {"default": {"HANDOFF_TO": "engine", "HANDOFF_WHEN": "always"}}
+    with override_settings(TASKS=engine, BGTASKS=always):
+        bgtasks.spawn("send-welcome", greet, User(username="ada"))
+        assert bgtasks.drain(30)
+
+    [message] = caplog.messages
+    assert message == (
+        "task 'send-welcome' of pool 'default' cannot be handed off to the engine 'engine', and runs here: "
+        "its arguments hold a model instance, a User; pass its primary key"
+    )
+
+
+def greet(user: User) -> None: ...
+
+
+@pytest.mark.django_db(transaction=True)
+def test_spawn_inside_a_transaction(caplog: pytest.LogCaptureFixture) -> None:
+    """The task looks for a row that is not there yet for its connection."""
+    with transaction.atomic():
+        ada = User.objects.create_user("ada")
+        bgtasks.spawn("send-welcome", welcome, ada.pk)
+        assert bgtasks.drain(30)
+        bgtasks.spawn_on_commit("send-welcome", welcome, ada.pk)
+    assert bgtasks.drain(30)
+
+    [message] = caplog.messages
+    assert message == (
+        "task 'send-welcome' of pool 'default' failed: DoesNotExist (a task does not see what a transaction "
+        "has not committed yet; inside a transaction, use spawn_on_commit)"
+    )
+
+
+def welcome(user_pk: int) -> None:
+    User.objects.get(pk=user_pk)
+
+
+@pytest.mark.django_db
+def test_spawn_on_commit_in_async_code() -> None:
+    """The sync one of the two, in an async view."""
+    with pytest.raises(SynchronousOnlyOperation) as caught:
+        asyncio.run(on_commit_in_async_code())
+
+    assert str(caught.value) == (
+        "spawn_on_commit('send', ...) was called in async code, which has no transaction of its own; "
+        "use 'await bgtasks.aspawn_on_commit(...)'"
+    )
+
+
+async def on_commit_in_async_code() -> None:
+    bgtasks.spawn_on_commit("send", send)
+
+
+def test_the_app_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    """Not in INSTALLED_APPS: then no hook runs when the process ends."""
+    pools.restart()
+    with modify_settings(INSTALLED_APPS={"remove": "bgtasks"}):
+        bgtasks.spawn("send", send)
+        assert bgtasks.drain(30)
+
+    assert caplog.messages[0] == (
+        "'bgtasks' is not in INSTALLED_APPS: its settings are not checked, and what is queued when the "
+        "process ends is lost"
+    )
+
+
+def test_drain_inside_a_task(caplog: pytest.LogCaptureFixture) -> None:
+    """A task that waits for itself."""
+    bgtasks.spawn("waits", bgtasks.drain)
+
+    with caplog.at_level(logging.ERROR, "bgtasks"):
+        assert bgtasks.drain(30)
+    assert "task 'waits' would wait for itself in drain()" in caplog.text
+
+
+def test_an_application_without_lifespan() -> None:
+    """ASGI_APPLICATION not wrapped."""
+    with override_settings(ASGI_APPLICATION="tests.test_mistakes.send"):
+        [warning] = check_lifespan()
+
+    assert warning.msg == (
+        "ASGI_APPLICATION ('tests.test_mistakes.send') is not wrapped in bgtasks.asgi.lifespan: under "
+        "uvicorn, the tasks that are queued or running when a process ends would be lost."
+    )
+    assert warning.hint == "Write application = bgtasks.asgi.lifespan(get_asgi_application()) in asgi.py."
+
+
+def test_an_async_view_without_lifespan(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the first spawn, since the check runs only with --deploy."""
+    monkeypatch.setattr(lifespan, "settled", False)
+
+    asyncio.run(spawn_in_async_code())
+    assert bgtasks.drain(30)
+
+    [message] = caplog.messages
+    assert message == (
+        "tasks are spawned on an event loop, and the server has not announced its lifespan: "
+        "under uvicorn they would be lost at shutdown; write in asgi.py: "
+        "application = bgtasks.asgi.lifespan(get_asgi_application())"
+    )
+
+
+async def spawn_in_async_code() -> None:
+    bgtasks.spawn("send", send)
+
+
+def test_conn_max_above_the_pool() -> None:
+    """More slots than connections."""
+    with override_settings(BGTASKS={"default": {"CONN_MAX": 25}}):
+        [warning] = check_database_pools()
+
+    assert warning.msg == (
+        "Background tasks can hold 25 connections of the database 'pooled' at once, and its pool has 25: "
+        "nothing is left for requests."
+    )

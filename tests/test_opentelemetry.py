@@ -1,0 +1,234 @@
+"""Traces: where a task was spawned and how it ran, in one trace or in two that are linked."""
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from pytest_django import Settings
+
+pytest.importorskip("opentelemetry.sdk")
+
+from django.db import transaction  # noqa: E402  # after the module it may lack
+from opentelemetry import trace  # noqa: E402
+from opentelemetry.sdk.metrics import MeterProvider  # noqa: E402
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader  # noqa: E402
+from opentelemetry.sdk.trace import TracerProvider  # noqa: E402
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor  # noqa: E402
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter  # noqa: E402
+from opentelemetry.trace import SpanKind, StatusCode  # noqa: E402
+
+import bgtasks  # noqa: E402
+from bgtasks.contrib import opentelemetry as tracing  # noqa: E402
+from bgtasks.pools import pools  # noqa: E402
+from bgtasks.shell import Shell  # noqa: E402
+from tests.core import Logs  # noqa: E402
+from tests.gate import BOUND, Gate  # noqa: E402
+
+
+class Telemetry:
+    """An SDK of the test's own, all in memory."""
+
+    def __init__(self, *, link: bool = False) -> None:
+        self.exporter = InMemorySpanExporter()
+        self.provider = TracerProvider()
+        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.reader = InMemoryMetricReader()
+        self.meters = MeterProvider([self.reader])
+        self.tracer = self.provider.get_tracer("test")
+        tracing.instrument(self.provider, self.meters, link=link)
+
+    def spans(self) -> dict[str, object]:
+        assert bgtasks.drain(BOUND)
+        return {span.name: span for span in self.exporter.get_finished_spans()}
+
+    def points(self) -> dict[str, list[Any]]:
+        data = self.reader.get_metrics_data()
+        return {
+            metric.name: list(metric.data.data_points)
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+        }
+
+    def close(self) -> None:
+        tracing.uninstrument()
+        self.provider.shutdown()
+        self.meters.shutdown()
+
+
+@pytest.fixture
+def telemetry(request: pytest.FixtureRequest) -> Iterator[Any]:
+    telemetry = Telemetry(link=getattr(request, "param", False))
+    yield telemetry
+    telemetry.close()
+
+
+def plain(future: Future[Any]) -> None:
+    future.set_result(trace.get_current_span())
+
+
+async def asynchronous(future: Future[Any]) -> None:
+    await asyncio.sleep(0)
+    future.set_result(trace.get_current_span())
+
+
+def both(future: Future[Any]) -> Any:
+    return asynchronous(future)
+
+
+@pytest.mark.parametrize("task", [plain, asynchronous, both])
+def test_task_runs_in_the_trace_of_its_spawner(task: Any, telemetry: Any) -> None:
+    """Request, spawn and run are one line of descent; the run's span is current in the task."""
+    future: Future[Any] = Future()
+    with telemetry.tracer.start_as_current_span("request") as request:
+        bgtasks.spawn("mail", task, future)
+        assert trace.get_current_span() is request
+    spans = telemetry.spans()
+    producer, consumer = spans["spawn mail"], spans["run mail"]
+
+    assert producer.parent.span_id == request.get_span_context().span_id
+    assert consumer.parent.span_id == producer.context.span_id
+    assert (producer.kind, consumer.kind) == (SpanKind.PRODUCER, SpanKind.CONSUMER)
+    assert future.result(0).get_span_context().span_id == consumer.context.span_id
+    assert dict(consumer.attributes) == {
+        "messaging.system": "bgtasks",
+        "messaging.destination.name": "default",
+        "messaging.operation.name": "run",
+        "messaging.operation.type": "process",
+        "bgtasks.task.name": "mail",
+        "bgtasks.outcome": "succeeded",
+    }
+    assert producer.attributes["messaging.operation.type"] == "send"
+
+
+@pytest.mark.parametrize("telemetry", [True], indirect=True)
+def test_task_has_a_trace_of_its_own_if_it_is_linked(telemetry: Any) -> None:
+    """With link=True the run starts a trace, and a link leads to the spawn."""
+    bgtasks.spawn("mail", plain, Future())
+    spans = telemetry.spans()
+    producer, consumer = spans["spawn mail"], spans["run mail"]
+
+    assert consumer.parent is None
+    assert consumer.context.trace_id != producer.context.trace_id
+    assert [link.context.span_id for link in consumer.links] == [producer.context.span_id]
+
+
+async def fail_on_the_loop(text: str) -> None:
+    int(text)
+
+
+@pytest.mark.parametrize("task", [int, fail_on_the_loop])
+def test_exception_is_recorded(task: Any, telemetry: Any) -> None:
+    """The span of a failed task is an error, with the exception."""
+    bgtasks.spawn("bad", task, "x")
+    span = telemetry.spans()["run bad"]
+
+    assert span.status.status_code is StatusCode.ERROR
+    assert span.attributes["error.type"] == "ValueError"
+    assert span.attributes["bgtasks.outcome"] == "failed"
+    assert [event.name for event in span.events] == ["exception"]
+
+
+@pytest.mark.parametrize(("queue_is", "task"), [("full", int), ("full", plain), ("closing", int)])
+def test_drop_is_an_error_of_the_spawn(queue_is: Any, task: Any, telemetry: Any, settings: Settings) -> None:
+    """A task that is not accepted, made or not, has a PRODUCER span that says so, and no other."""
+    settings.BGTASKS = {"default": {"CAPACITY": 1, "CONN_MAX": 1}}
+    with Gate() as gate:
+        if queue_is == "full":
+            bgtasks.spawn("held", gate)
+            gate.wait_entered()
+            bgtasks.spawn("waits", int)
+        else:
+            bgtasks.stats()
+            pools.default._slots.queue.close()
+        assert bgtasks.spawn("late", task) is False
+    spans = telemetry.spans()
+
+    assert spans["spawn late"].status.status_code is StatusCode.ERROR
+    assert spans["spawn late"].attributes["error.type"] == "dropped"
+    assert "run late" not in spans
+
+
+def test_drop_of_an_inline_task_has_one_span(telemetry: Any, settings: Settings) -> None:
+    """A task that would have run in its spawner, but for the shutdown, is no two spawns."""
+    settings.BGTASKS = {"default": {"MODE": "inline"}}
+    bgtasks.stats()
+    pools.default._slots.queue.close()
+    assert bgtasks.spawn("late", int) is False
+
+    names = [span.name for span in telemetry.exporter.get_finished_spans()]
+    assert names == ["spawn late"]
+
+
+def test_task_cancelled_in_the_queue_has_no_run(telemetry: Any, settings: Settings) -> None:
+    """What never ran has no span that says it did."""
+    settings.BGTASKS = {"default": {"CONN_MAX": 1}}
+    with Gate() as gate:
+        bgtasks.spawn("held", gate)
+        gate.wait_entered()
+        bgtasks.spawn("waits", int)
+        bgtasks.shutdown(timeout=0)
+        names = [span.name for span in telemetry.exporter.get_finished_spans()]
+    settings.BGTASKS = {}
+
+    assert "run waits" not in names
+    held = [span for span in telemetry.exporter.get_finished_spans() if span.name == "run held"]
+    assert [span.attributes["bgtasks.outcome"] for span in held] == ["cancelled"]
+    assert held[0].attributes["error.type"] == "cancelled"
+
+
+def test_nothing_leaks_into_the_drainer(telemetry: Any) -> None:
+    """After traced tasks, neither the drainer's loop nor a slot's thread has a current span."""
+    with telemetry.tracer.start_as_current_span("request"):
+        for task in (plain, asynchronous):
+            bgtasks.spawn("traced", task, Future())
+    assert bgtasks.drain(BOUND)
+    on_loop: Future[Any] = Future()
+    pools.drainer.call_later(0, lambda: on_loop.set_result(trace.get_current_span()))
+    in_slot: Future[Any] = Future()
+    tracing.uninstrument()
+    bgtasks.spawn("untraced", plain, in_slot)
+
+    assert not on_loop.result(BOUND).get_span_context().is_valid
+    assert not in_slot.result(BOUND).get_span_context().is_valid
+
+
+@pytest.mark.django_db(transaction=True)
+def test_spawn_on_commit_has_the_trace_of_the_call(telemetry: Any) -> None:
+    """The trace is that of the code that asked for the task, not of what commits."""
+    with transaction.atomic():
+        with telemetry.tracer.start_as_current_span("inner") as inner:
+            bgtasks.spawn_on_commit("mail", plain, Future())
+
+    assert telemetry.spans()["spawn mail"].parent.span_id == inner.context.span_id
+
+
+def test_histograms_have_the_durations(telemetry: Any) -> None:
+    """The two histograms of the conventions count each spawn and each run."""
+    bgtasks.spawn("good", int)
+    bgtasks.spawn("bad", int, "x")
+    assert bgtasks.drain(BOUND)
+    points = telemetry.points()
+
+    assert sorted(points) == ["messaging.client.operation.duration", "messaging.process.duration"]
+    runs = {point.attributes["bgtasks.task.name"]: point for point in points["messaging.process.duration"]}
+    assert (runs["good"].count, runs["bad"].count) == (1, 1)
+    assert runs["bad"].attributes["error.type"] == "ValueError"
+
+
+def test_tracer_that_raises_is_logged(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a tracer does, the task runs."""
+
+    def started(pool: Any, task: Any) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(Shell.tracer, "started", started)
+    with Logs() as logs:
+        future: Future[Any] = Future()
+        bgtasks.spawn("task", plain, future)
+        assert bgtasks.drain(BOUND)
+
+    assert future.done()
+    assert logs.of("a task could not be traced")

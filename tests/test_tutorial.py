@@ -1,0 +1,106 @@
+"""The tutorial works: its blocks are done, in their order, in an empty directory."""
+
+import doctest
+import os
+import re
+import shlex
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.processes import Server, environment, free_port
+from tests.snippets import TUTORIAL, Block, blocks
+
+pytestmark = pytest.mark.kit
+
+# The packages are those of this environment, which has the very wheel that is tested.
+INSTALLED = ("python -m venv", ". .venv/bin/activate", "python -m pip install")
+FILE = re.compile(r"# (?P<path>[\w/]+\.py)(?P<end>, at the end)?(?P<postgresql>, for PostgreSQL)?\n")
+
+
+class Follower:
+    """Somebody who follows the tutorial to the letter."""
+
+    def __init__(self, home: Path, stack: ExitStack, server: str | None) -> None:
+        self._home = home
+        self._stack = stack
+        self._server = server
+        self._port = free_port()
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        self._env = environment({"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
+        self._env.pop("DJANGO_SETTINGS_MODULE")
+        self._env.pop("PYTHONSAFEPATH")  # a reader's manage.py is found in the directory it is in
+        if server is not None:
+            self._env |= {"PGHOST": server, "PGUSER": "postgres"}
+
+    def do(self, block: Block) -> None:
+        """Write the file, or run the commands, of one block."""
+        if block.kind == "python":
+            self._write(block.text)
+        elif block.kind == "sh":
+            for command in block.text.splitlines():
+                self._run(command)
+        else:
+            assert block.kind == "console"
+            for session in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+                command, _, expected = session.partition("\n")
+                output = self._run(command)
+                matches = doctest.OutputChecker().check_output(expected, output, doctest.ELLIPSIS)
+                assert matches, f"$ {command}\n{output}"
+
+    def _write(self, text: str) -> None:
+        head = FILE.match(text)
+        assert head is not None, text
+        if head["postgresql"] and self._server is None:
+            return
+        file = self._home / head["path"]
+        before = file.read_text() if head["end"] else ""
+        file.write_text(before + text)
+
+    def _run(self, command: str) -> str:
+        if command.startswith(INSTALLED):
+            return ""
+        if command.startswith("createdb "):
+            self._create_database(command.split()[1])
+            return ""
+        command = command.replace("8000", str(self._port))
+        if "runserver" in command:
+            argv = shlex.split(command)
+            env = {**self._env, "DJANGO_SETTINGS_MODULE": "mysite.settings", "PYTHONSAFEPATH": ""}
+            self._stack.enter_context(
+                Server([sys.executable, *argv[1:]], port=self._port, env=env, cwd=self._home)
+            )
+            return ""
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=self._home,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stdout}"
+        return done.stdout
+
+    def _create_database(self, name: str) -> None:
+        if self._server is not None:
+            with psycopg.connect(
+                host=self._server, user="postgres", dbname="postgres", autocommit=True
+            ) as db:
+                db.execute(f'CREATE DATABASE "{name}"'.encode())
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_the_tutorial_works(tmp_path: Path, database: str) -> None:
+    """A scratch project made of the tutorial's own blocks does what the tutorial shows."""
+    server = os.environ["BGTASKS_TEST_POSTGRESQL"] if database == "postgresql" else None
+    with ExitStack() as stack:
+        follower = Follower(tmp_path, stack, server)
+        for block in blocks(TUTORIAL):
+            follower.do(block)
