@@ -332,7 +332,8 @@ class Slot(Executor):
         """Account for the task that was interrupted, and go on if this thread owns the slot."""
         log(logging.ERROR, "slot %r was interrupted; it goes on", self.name, error=error)
         queue = self.group.queue
-        queue.settle(self.account)
+        if self.owner is Owner.THREAD:
+            queue.settle(self.account)  # nobody else's: the loop may be in the middle of a step
         self.task = None
         begun, self._begun = self._begun, None
         # A message that passes the slot to this thread has begun as soon as the thread owns the slot.
@@ -350,15 +351,20 @@ class Slot(Executor):
             self.call(self.wake if self.woken else self.proceed)
         elif self.owner is Owner.LOOP and self.lending is not None:
             self.group.launcher.launch(self, self.lending)
-        elif self.owner is Owner.NOBODY and not self.group.is_idle(self) and not self._is_called():
+        elif self.owner is Owner.NOBODY and not self._is_cared_for():
             self.call(self.proceed)
 
-    def _is_called(self) -> bool:
-        """Tell whether somebody who has taken this slot out of the idle ones is about to call it."""
+    def _is_cared_for(self) -> bool:
+        """Tell whether this slot is idle, or whoever has taken it out of the idle ones goes on with it.
+
+        That one calls it or, if it was to be seized or held, puts it back.
+        """
         deadline = monotonic() + CALL_PATIENCE
-        while self.owner is Owner.NOBODY and monotonic() < deadline:
+        while self.owner is Owner.NOBODY and not self.group.is_idle(self):
+            if monotonic() >= deadline:
+                return False
             sleep(0.001)
-        return self.owner is not Owner.NOBODY
+        return True
 
     def _run(self, task: Task) -> bool:
         """Run `task`; False if it is asynchronous: then the loop owns the slot, and goes on with it."""

@@ -113,6 +113,7 @@ class AsyncGate(_Gate):
 
     async def __call__(self, *args: Any, **kwargs: Any) -> None:
         waiter = asyncio.get_running_loop(), asyncio.Event()
+        await asyncio.sleep(0)  # by the next turn of the loop, the drainer knows that the task waits
         with self._visit():
             with self._changed:
                 self._waiting.add(waiter)

@@ -42,8 +42,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a test fail by its own bound if somebody waits for what cannot end."""
+    """Have everybody wait for what ends late; a test fails by its own bound if it cannot end."""
     monkeypatch.setattr(bgtasks.drainer, "STOP_PATIENCE", 10 * BOUND)
+    monkeypatch.setattr(bgtasks.drainer, "FORK_PATIENCE", 10 * BOUND)
 
 
 @pytest.fixture
@@ -622,6 +623,7 @@ def test_drainer_stops_looking_when_nothing_is_due() -> None:
     with Core(conn_max=1, task_timeout=BOUND * 10) as core:
         core.spawn("in time", print, end="")
         core.drain()
+        wait_until(lambda: core.slots.all[0].task is None)
         looked = threading.Event()
         core.drainer._call_soon(looked.set)
         assert looked.wait(BOUND)
@@ -1103,7 +1105,7 @@ def test_coroutine_cancelled_while_its_start_is_told_is_cancelled(impatient: Non
 # Stopping.
 
 
-def test_stop_ends_all_threads_and_start_brings_them_back() -> None:
+def test_stop_ends_all_threads_and_start_brings_them_back(patient: None) -> None:
     """A drainer that was stopped has no thread; started again it works."""
     with Core(conn_max=2) as core:
         assert len(core.threads()) == 3
@@ -1379,7 +1381,7 @@ def test_pool_that_is_added_later_is_opened() -> None:
 # Forks: the hooks are called as os.fork does it.
 
 
-def test_idle_drainer_steps_aside_before_a_fork() -> None:
+def test_idle_drainer_steps_aside_before_a_fork(patient: None) -> None:
     """No thread of ours lives while an idle process forks."""
     with Core(conn_max=2) as core:
         core.spawn("works", nothing)
@@ -1491,7 +1493,7 @@ def test_fork_on_the_drainers_own_thread_does_not_wait_for_it() -> None:
         assert_conn_max_is_exact(core)
 
 
-def test_task_spawned_during_a_fork_runs_after_it() -> None:
+def test_task_spawned_during_a_fork_runs_after_it(patient: None) -> None:
     """While a fork is under way nothing is started, and a task that comes then is not forgotten."""
     with Core(conn_max=1) as core:
         core.drainer.before_fork()
@@ -1526,7 +1528,7 @@ def test_task_spawned_by_the_start_that_a_fork_has_held_up_runs(started_by_a_thr
         assert core.stats().succeeded == 1
 
 
-def test_nested_forks_end_with_the_last() -> None:
+def test_nested_forks_end_with_the_last(patient: None) -> None:
     """Two forks at once: the drainer comes back when the second is over, and not before."""
     with Core(conn_max=1) as core:
         core.drainer.before_fork()
@@ -1551,7 +1553,7 @@ def test_fork_before_any_start_starts_nothing() -> None:
         assert core.threads() == []
 
 
-def test_fork_waits_for_a_slot_that_is_about_to_rest() -> None:
+def test_fork_waits_for_a_slot_that_is_about_to_rest(patient: None) -> None:
     """A slot that has ended its last task and is not idle yet needs a moment, which a fork gives it.
 
     1. slot: has counted its task as ended, is about to go idle

@@ -20,7 +20,7 @@ from bgtasks.queue import Outcome
 from bgtasks.shell import Shell
 from bgtasks.slots import Owner, Slot, Slots, current_task
 from tests.core import Core, ForcedDeque, exit_, interrupt, make_task
-from tests.gate import BOUND, AsyncGate, Gate
+from tests.gate import BOUND, AsyncGate, Gate, wait_until
 
 T = TypeVar("T")
 
@@ -866,6 +866,77 @@ def test_slot_interrupted_as_somebody_wakes_it_is_woken_once(monkeypatch: pytest
         core.drain()
         assert core.stats().succeeded == 2
         assert_conn_max_is_exact(core)
+
+
+def test_slot_interrupted_as_somebody_holds_it_rests_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot that comes back to the idle ones by another's hand does not go there a second time.
+
+    1. slot: goes idle
+    2. fork: takes it out of the idle ones
+    3. slot: is interrupted, and finds itself neither idle nor called
+    4. fork: finds a task running in another slot, and puts this one back
+    """
+    monkeypatch.setattr(bgtasks.slots, "CALL_PATIENCE", 1.0)
+    with Core(conn_max=1) as core:
+        group = core.slots
+        idle = group.idle = ForcedDeque(group.idle)
+        resting, taken = threading.Event(), threading.Event()
+
+        def rest_and_interrupt() -> None:
+            resting.set()
+            taken.wait(BOUND)
+            raise SystemExit
+
+        idle.force("after append", rest_and_interrupt)
+        core.spawn("first", print, end="")
+        assert resting.wait(BOUND)
+        [slot] = group.all
+        proceeded: list[int] = []
+        monkeypatch.setattr(Slot, "proceed", lambda slot: proceeded.append(1))
+        recovered = threading.Event()
+        serve = slot._serve
+
+        def serve_again() -> None:
+            recovered.set()
+            serve()
+
+        slot._serve = serve_again
+        idle.pop()
+        taken.set()
+        core.logs.wait("was interrupted; it goes on")
+        group.release([slot])
+
+        assert recovered.wait(BOUND)
+        core.spawn("second", print, end="")
+        core.drain()
+        assert proceeded == []
+
+
+def test_slot_interrupted_while_the_loop_owns_it_leaves_its_account_alone() -> None:
+    """An exception on the thread of a slot in the middle of a step of the loop changes no figure.
+
+    1. loop: ends the slot's task, and takes the next one out of the waiting ones
+    2. slot: is interrupted
+    3. loop: goes on
+    """
+    with Core(conn_max=1) as core, AsyncGate() as gate:
+        core.spawn("lent", gate)
+        gate.wait_entered()
+        [slot] = core.slots.all
+        waiting = core.queue.waiting = core.queue.inbox = ForcedDeque()
+
+        def interrupt_slot() -> None:
+            slot._send(exit_)
+            core.logs.wait("was interrupted; it goes on")
+            wait_until(lambda: not slot._messages)
+
+        waiting.force("after popleft", interrupt_slot)
+        core.spawn("next", print, end="")
+        gate.open()
+        core.drain()
+
+        stats = core.stats()
+        assert (stats.succeeded, stats.failed, stats.queued) == (2, 0, 0)
 
 
 # Spawners that a signal handler ends in the middle of a wake.
