@@ -498,6 +498,8 @@ untraced = pytest.mark.skipif(
 def test_slot_interrupted_while_idle_goes_on() -> None:
     """An exception set on the thread of an idle slot is logged, and neither the slot nor a task is lost."""
     with Core(conn_max=2) as core:
+        assert_conn_max_is_exact(core)  # so that their threads serve
+        wait_until(lambda: len(core.slots.idle) == 2)
         for slot in core.slots.all:
             interrupt(slot.thread)
 
