@@ -224,9 +224,9 @@ class Job(Recorded):
         """Run the task on the calling thread; for an asynchronous one, return its coroutine."""
         if inspect.iscoroutinefunction(self.result.task.func):
             return self._run()
-        self._start()
-        _send(task_started, self)
         try:
+            self._start()
+            _send(task_started, self)
             value = self._call()
             if inspect.iscoroutine(value):
                 value.close()
@@ -240,9 +240,9 @@ class Job(Recorded):
         return None
 
     async def _run(self) -> None:
-        self._start()
-        await _send_from_loop(task_started, self)
         try:
+            self._start()
+            await _send_from_loop(task_started, self)
             value = normalize_json(await self._call())
         except BaseException as error:
             own = current_task()

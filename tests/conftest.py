@@ -85,6 +85,13 @@ def no_thread_left(asgiref_thread: None) -> Iterator[None]:
     assert not left_behind(before)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have everybody wait for what ends late; a test fails by its own bound if it cannot end."""
+    for name in ("drainer.STOP_PATIENCE", "drainer.FORK_PATIENCE", "publisher.STOP_PATIENCE"):
+        monkeypatch.setattr(f"bgtasks.{name}", 10 * BOUND)
+
+
 def left_behind(before: set[threading.Thread], bound: float = BOUND) -> list[threading.Thread]:
     """Return the threads that were started after `before` was taken and do not end within the bound."""
     started = [

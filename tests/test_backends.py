@@ -29,7 +29,7 @@ import bgtasks
 from bgtasks.backends import DEFAULT_RESULTS, IDS, PoolBackend, Results, new_result
 from bgtasks.exceptions import TaskDropped
 from tests.core import ForcedDeque
-from tests.gate import BOUND, AsyncGate, Gate
+from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.processes import run_python
 from tests.test_readme import snippet
 from tests.testapp import tasks
@@ -581,14 +581,29 @@ def test_an_asynchronous_task_that_outlives_a_shutdown_is_not_recorded_twice(fai
 def test_a_timeout_is_recorded_as_one() -> None:
     """An asynchronous task past TASK_TIMEOUT has failed with TimeoutError, and is counted as timed out."""
     with override_settings(BGTASKS={"default": {"TASK_TIMEOUT": 1}}):
-        with held(AsyncGate) as gate:
+        with held(AsyncGate):
             result = tasks.aheld.enqueue("gate")
-            gate.wait_entered()
             assert bgtasks.drain(BOUND)
 
         result.refresh()
         assert result.errors[0].exception_class is TimeoutError
         assert bgtasks.stats()["default"].timed_out == 1
+
+
+def test_a_timeout_while_its_start_is_told_is_recorded() -> None:
+    """A receiver of `task_started` that takes too long costs the task its time, and the result says so."""
+    with override_settings(BGTASKS={"default": {"TASK_TIMEOUT": 1}}), Gate() as gate:
+
+        with receiving(task_started, gate):
+            result = tasks.aheld.enqueue("gate")
+            gate.wait_entered()
+            [running] = bgtasks.pools._built()[0].queue.running()
+            wait_until(lambda: running.overran)
+            gate.open()
+            assert bgtasks.drain(BOUND)
+
+        result.refresh()
+        assert (result.status, result.errors[0].exception_class) == (TaskResultStatus.FAILED, TimeoutError)
 
 
 def test_a_task_has_the_language_and_time_zone_of_its_enqueuer() -> None:

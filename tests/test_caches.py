@@ -21,6 +21,8 @@ from tests.test_publisher import Observed
 
 __all__ = ["valkey"]  # the fixture
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 TABLE = "bgtasks_test_cache"
 
 

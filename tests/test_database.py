@@ -667,9 +667,11 @@ def test_burst_over_a_restart_of_the_server_is_accounted_for(
         return backend_of(alias)
 
     if alias == "pooled":
-        quick = {"min_size": 1, "max_size": slots, "timeout": 0.2, "reconnect_timeout": BOUND}
+        quick = {"min_size": slots, "max_size": slots, "timeout": 0.2, "reconnect_timeout": BOUND}
         monkeypatch.setitem(connections.settings[alias]["OPTIONS"], "pool", quick)
     with moved(alias, other_server, monkeypatch):
+        if alias == "pooled":
+            pooled(alias).pool.open(wait=True, timeout=BOUND)
         with Gate() as gate:
             burst = [spawn(kind, work) for _ in range(3 * slots) for kind in (in_function, in_coroutine)]
             gate.wait_entered(slots)
@@ -797,6 +799,7 @@ def test_task_that_gets_no_connection_fails_and_no_later_one(
         gate()
 
     try:
+        pooled("pooled").pool.open(wait=True, timeout=BOUND)
         with Gate() as gate:
             holding = spawn(kind, hold)
             gate.wait_entered()

@@ -41,13 +41,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have everybody wait for what ends late; a test fails by its own bound if it cannot end."""
-    monkeypatch.setattr(bgtasks.drainer, "STOP_PATIENCE", 10 * BOUND)
-    monkeypatch.setattr(bgtasks.drainer, "FORK_PATIENCE", 10 * BOUND)
-
-
-@pytest.fixture
 def started_by_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the drainer started by a thread that coverage sees, where it takes a bare one."""
 

@@ -949,7 +949,7 @@ def test_a_thread_that_does_not_start_leaves_the_mover_closed(monkeypatch: pytes
         assert core.mover.seize()
 
 
-def test_the_mover_steps_aside_for_a_fork_and_comes_back() -> None:
+def test_the_mover_steps_aside_for_a_fork_and_comes_back(patient: None) -> None:
     """An idle process has no thread of the mover's while it forks; after it, tasks are moved again."""
     with HandoffCore(always=True) as core:
         core.put("1")

@@ -124,7 +124,7 @@ def test_slot_that_is_resumed_as_it_rests_goes_on_once() -> None:
         assert core.stats().succeeded == 2
 
 
-def test_paused_pool_steps_aside_for_a_fork() -> None:
+def test_paused_pool_steps_aside_for_a_fork(patient: None) -> None:
     """A pool that is paused and empty leaves no thread alive while a fork happens, and stays paused."""
     with Core(conn_max=2) as core:
         core.slots.pause()

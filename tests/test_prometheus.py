@@ -136,8 +136,10 @@ settings.configure(
 )
 django.setup()
 import bgtasks
+import bgtasks.publisher
 
 if sys.argv[1] == "work":
+    bgtasks.publisher.STOP_PATIENCE = 30  # for the last figures, on a machine that is busy
     for number in range(7):
         bgtasks.spawn("good", int)
     bgtasks.spawn("bad", int, "x")

@@ -22,6 +22,8 @@ from tests.core import Core, Logs
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.test_mover import HandoffCore
 
+pytestmark = pytest.mark.usefixtures("patient")
+
 
 class BrokenCache(LocMemCache):
     """A cache whose server does not answer."""
