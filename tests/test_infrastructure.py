@@ -185,8 +185,9 @@ def test_cancelled_task_leaves_the_async_gate() -> None:
 
     async def main() -> None:
         task = asyncio.create_task(gate())
-        while gate.inside < 1:
-            await asyncio.sleep(0)  # it runs up to its wait
+        await asyncio.sleep(0)  # two turns of the loop: it runs up to its wait
+        await asyncio.sleep(0)
+        assert gate.inside == 1
 
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
