@@ -593,7 +593,6 @@ def test_a_timeout_is_recorded_as_one() -> None:
 def test_a_timeout_while_its_start_is_told_is_recorded() -> None:
     """A receiver of `task_started` that takes too long costs the task its time, and the result says so."""
     with override_settings(BGTASKS={"default": {"TASK_TIMEOUT": 1}}), Gate() as gate:
-
         with receiving(task_started, gate):
             result = tasks.aheld.enqueue("gate")
             gate.wait_entered()
