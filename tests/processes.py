@@ -6,6 +6,7 @@ coverage, as it starts itself in every Python process below a measured one.
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -82,11 +83,12 @@ def program(name: str, *others: str) -> str:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
+    """Return a TCP port of this machine that nothing listens on, and that the system gives to no client."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)  # `random` is seeded anew for each test
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
