@@ -17,6 +17,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -178,6 +179,7 @@ class Scale:
             "SHOP_ENGINE": "db",
             "SHOP_WHEN": "overflow",
             "SHOP_CAPACITY": str(self.options.capacity),
+            "SHOP_SHUTDOWN_TIMEOUT": str(self.options.shutdown_timeout),
             "SHOP_POSTGRESQL": host,
             "SHOP_POSTGRESQL_PORT": str(self.postgresql.port),
             "SHOP_DATABASE": "scale",
@@ -286,7 +288,7 @@ class Scale:
         before = self.ask(port, "stats")
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
-        status = process.wait(60)
+        status = process.wait(60 + self.options.shutdown_timeout)
         took = time.monotonic() - began
         print(
             f"SIGTERM to a web process with {before and before['queued']} queued: {took:.1f} s, {status}",
@@ -318,11 +320,19 @@ class Scale:
                 time.sleep(2)  # a RUNNING one that stays so was being run as the restart came
             time.sleep(0.5)
             if time.monotonic() - began > self.options.limit:
-                for log in self.home.glob("*.log"):
-                    print(log.name, log.read_text()[-2000:], sep="\n")
+                self.print_logs()
                 raise SystemExit(
                     f"not done after {self.options.limit} s: {waiting} wait, {here} in the web processes"
                 )
+
+    def print_logs(self) -> None:
+        for log in self.home.glob("*.log"):
+            print(log.name, log.read_text()[-2000:], sep="\n")
+
+    def cancelled(self) -> int:
+        """Return how many tasks the web processes have said that they cancelled as they ended."""
+        logs = "".join(log.read_text() for log in self.home.glob("web-*.log"))
+        return sum(map(int, re.findall(r"was shut down with (\d+) tasks cancelled", logs)))
 
     def report(self, spawned: float, total: float) -> bool:
         [(runs, keys)] = self.query("SELECT count(*), count(DISTINCT key) FROM shop_run")
@@ -330,14 +340,21 @@ class Scale:
             "SELECT status, exception_class_path, count(*) "
             "FROM django_tasks_database_dbtaskresult GROUP BY 1, 2"
         )
-        once = keys == runs == self.accepted and not self.lost_answers
+        cancelled = self.cancelled()
+        once = keys == runs == self.accepted - cancelled and not self.lost_answers
         print(f"spawned in {spawned:.0f} s, done in {total:.0f} s: {keys / total:.0f} tasks/s")
-        print(f"accepted {self.accepted}, dropped {self.dropped}, done {keys}, runs {runs}")
+        print(
+            f"accepted {self.accepted}, dropped {self.dropped}, cancelled at shutdown {cancelled}, "
+            f"done {keys}, runs {runs}"
+        )
         print(
             "rows of the engine: "
             + ", ".join(f"{count} {status} {error}".strip() for status, error, count in rows)
         )
-        print("each accepted task ran exactly once" if once else "NOT each accepted task ran exactly once")
+        if not once:
+            self.print_logs()
+        what = "each accepted task ran exactly once" + (" or was reported" if cancelled else "")
+        print(what if once else f"NOT {what}")
         return once
 
 
@@ -402,6 +419,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--capacity", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=0.0, help="what each task takes beside its two rows")
+    parser.add_argument("--shutdown-timeout", type=float, default=30, help="seconds to move a full queue in")
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which the run has failed")
     parser.add_argument("--burst", action="store_true", help="the table of bursts instead")
     parser.add_argument("--rates", type=int, nargs="*", default=[500, 1000, 2000, 4000, 8000, 1_000_000])

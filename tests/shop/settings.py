@@ -31,6 +31,7 @@ BGTASKS: dict[str, dict[str, Any]] = {
     "default": {
         "CAPACITY": int(os.environ.get("SHOP_CAPACITY", "1024")),
         "CONN_MAX": int(os.environ.get("SHOP_CONN_MAX", "8")),
+        "SHUTDOWN_TIMEOUT": float(os.environ.get("SHOP_SHUTDOWN_TIMEOUT", "8")),
     }
 }
 if ENGINE != "pool":
