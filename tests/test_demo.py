@@ -59,10 +59,10 @@ def live(browser: httpx.Client, url: str, condition: Callable[[Any], object]) ->
     raise AssertionError(f"the figures did not become as expected: {figures}")
 
 
-def test_demo_serves_the_site_and_leaves_nothing_behind(tmp_path: Path, browser: Any) -> None:
+def test_demo_serves_the_site_and_leaves_nothing_behind(data_dir: Path, browser: Any) -> None:
     """One command starts the site with its database, mails and visitors; SIGTERM ends all of it."""
     port = free_port()
-    with demo(port, tmp_path) as server:
+    with demo(port, data_dir) as server:
         processes = psutil.Process(server.pid).children(recursive=True)
         page = browser.get(server.url)
         for name in ("sign-up/", "sign-up/async/"):
@@ -87,7 +87,7 @@ def test_demo_serves_the_site_and_leaves_nothing_behind(tmp_path: Path, browser:
     assert status == 0
     assert len(processes) == 3  # the mail server, uvicorn, the probe
     assert not [process for process in processes if process.is_running()]
-    assert not (tmp_path / "postgres" / "postmaster.pid").exists()
+    assert not (data_dir / "postgres" / "postmaster.pid").exists()
 
 
 def test_demo_works_off_a_burst_of_each_means_on_sqlite(tmp_path: Path, browser: Any) -> None:
@@ -190,10 +190,10 @@ def test_probe_needs_its_token(tmp_path: Path, browser: Any) -> None:
 
 
 @pytest.mark.servers
-def test_compare_measures_all_contenders(tmp_path: Path) -> None:
+def test_compare_measures_all_contenders(data_dir: Path) -> None:
     """The comparison prints what it measured, loses no task of bgtasks, and exits by its promise."""
     small = ["--burst=40", "--rounds=1", "--seconds=2", "--task-seconds=0.05", "--json"]
-    result = run_python(MANAGE, "compare", *small, f"--data-dir={tmp_path}", env=ENV, timeout=150)
+    result = run_python(MANAGE, "compare", *small, f"--data-dir={data_dir}", env=ENV, timeout=150)
     report = json.loads(result.stdout)
 
     assert list(report["results"]) == ["idle", "thread", "executor", "bgtasks"]
