@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.scale import ROOT, Postgresql, wait_until
+from tests.processes import free_port
 
 WORKERS = {
     "db": ["-m", "django", "db_worker", "--backend", "engine", "--interval", "0.05", "--no-startup-delay"],
@@ -45,7 +46,9 @@ import time
 import django
 django.setup()
 import bgtasks
+from bgtasks import mover
 from tests.shop import tasks
+mover.STALL = 600  # a machine that pauses is no engine that hangs
 bgtasks.spawn("warm", tasks.count, "warm")
 assert bgtasks.drain(60)
 begun = time.monotonic()
@@ -155,7 +158,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a run has failed")
     options = parser.parse_args()
     rates: dict[str, list[tuple[float, float]]] = {engine: [] for engine in WORKERS}
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         engines = Engines(options, f"redis://{server.host}:{server.port}/0")
         try:
             for number in range(options.rounds):

@@ -243,4 +243,6 @@ class Server:
         self._reader.join(BOUND)  # it ends when nobody holds the output open any more
 
     def _fail(self, what: str) -> NoReturn:
+        if self._process.poll() is not None:
+            self._reader.join(self._bound)  # what it has printed may not have been read yet
         raise AssertionError(f"{self._argv} {what} (status {self._process.poll()}), output:\n{self.output}")

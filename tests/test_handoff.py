@@ -582,8 +582,11 @@ def test_a_transaction_under_way_is_not_decided() -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_a_database_that_tells_no_transactions_is_asked_for_the_result() -> None:
+def test_a_database_that_tells_no_transactions_is_asked_for_the_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A row that is there was committed. One that is not may still come, for a while."""
+    monkeypatch.setattr(handoff, "COMMIT_GRACE", BOUND)
     engine = handoff_to()
     [there, late, gone] = parcels_of(engine, "a", "b", "c")
     engine.send([there])

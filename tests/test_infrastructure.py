@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 import sysconfig
 import threading
@@ -19,7 +20,7 @@ from django.utils import translation
 
 import bgtasks
 from tests.conftest import left_behind
-from tests.gate import AsyncGate, Gate
+from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.processes import Server, free_port, run_python
 from tests.testapp.models import Note
 
@@ -227,10 +228,21 @@ def test_run_python_makes_warnings_errors() -> None:
     assert "UserWarning: careful" in done.stderr
 
 
-def test_run_python_kills_what_hangs() -> None:
+def test_run_python_kills_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script that does not end is killed, and the failure shows what it had printed."""
-    with pytest.raises(AssertionError, match=r"(?s)killed after 5 s.*print\('here'\).*\nhere\n"):
-        run_python("import signal; print('here')\nsignal.pause()", timeout=5)
+    printed = tmp_path / "printed"
+
+    class Process(subprocess.Popen[str]):
+        """One whose time begins when it has printed."""
+
+        def communicate(self, *args: Any, **kwargs: Any) -> tuple[str, str]:
+            wait_until(printed.exists)
+            return super().communicate(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    code = f"import pathlib, signal; print('here')\npathlib.Path({str(printed)!r}).touch()\nsignal.pause()"
+    with pytest.raises(AssertionError, match=r"(?s)killed after 1 s.*print\('here'\).*\nhere\n"):
+        run_python(code, timeout=1)
 
 
 def wsgi(port: int, *options: Any, workers: int = 1) -> list[Any]:
@@ -246,7 +258,7 @@ def test_server_answers_and_ends_on_sigterm(tmp_path: Path) -> None:
     port = free_port()
     with Server(wsgi(port, "--config", str(config), workers=2), port=port, line="Listening at") as server:
         server.wait_line("worker is ready", 2)
-        response = httpx.get(server.url)
+        response = httpx.get(server.url, timeout=BOUND)
         status = server.stop()
 
     assert response.text.startswith("Hello world!")
@@ -270,7 +282,7 @@ def test_server_that_fails_to_start_shows_its_output() -> None:
     code = "print('no such file'); raise SystemExit(2)"
     ways: list[dict[str, Any]] = [{"port": free_port()}, {"line": "ready"}]
     for wanted in ways:
-        with pytest.raises(AssertionError, match="no such file"):
+        with pytest.raises(AssertionError, match="output:\nno such file\n"):
             Server([sys.executable, "-c", code], **wanted).__enter__()
 
 
