@@ -134,8 +134,7 @@ def measure(scenario: Scenario, means: str, environment: dict[str, str], log: Pa
             run.lost = scenario.count + 16 - wait(address, scenario.count + 16)
             time.sleep(max(0.0, started + 2 / RATE - time.time()))  # so that a request is due in it
             ended = time.time()
-            while max(visitors._samples, default=(0.0,))[0] < ended and time.time() < ended + LIMIT:
-                time.sleep(0.1)  # the probe may be late, but sends what was due
+            visitors.catch_up(ended)
             visitors.leave()
     run.seconds = ended - started
     for due, latency, ok in visitors._samples:

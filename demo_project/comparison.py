@@ -121,6 +121,12 @@ class Visitors:
             due, latency, ok = json.loads(line)
             self._samples.append((due, latency, ok))
 
+    def catch_up(self, until: float) -> None:
+        """Wait until the probe, which may be late, has had answers to what was due before `until`."""
+        deadline = time.time() + PATIENCE
+        while max(self._samples, default=(0.0,))[0] < until and time.time() < deadline:
+            time.sleep(0.1)
+
     def leave(self) -> None:
         """Let the probe wait for its last answers, and read them."""
         self._process.stdin.close()
@@ -208,6 +214,7 @@ class Comparison:
                         stretch = self._pass(text, self.plan.idle, client)
                     else:
                         stretch = self._burst(text, how, client, line)
+                    visitors.catch_up(stretch[1])
                     visitors.leave()
                     line.rounds.append(visitors.during(stretch))
 
