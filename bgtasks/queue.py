@@ -38,7 +38,7 @@ T = TypeVar("T")
 READ_ATTEMPTS = 20  # at a consistent snapshot, before a reader asks the slots to pause
 READ_PAUSE = 0.0005  # seconds that a reader then leaves them between two attempts
 READ_HUSH = 0.05  # seconds that they pause for a reader who does not come back, or who waits in vain
-READ_PATIENCE = 1.0  # seconds, after which a reader takes what it gets
+READ_PATIENCE = 1.0  # seconds of such pauses, after which a reader takes what it gets
 
 
 class Outcome(enum.IntEnum):
@@ -765,7 +765,7 @@ class TaskQueue:
             self._hush = 0.0  # another reader that waits for it sets it again
 
     def _at_rest(self, read: Callable[[], T]) -> T:
-        attempt, deadline, late = 0, 0.0, False
+        attempt, late = 0, False
         stuck: set[tuple[int, int]] = set()  # steps under way since `until` was set
         until = 0.0  # monotonic seconds: the slots are asked to pause up to then
         while True:
@@ -779,12 +779,11 @@ class TaskQueue:
             if attempt < READ_ATTEMPTS:
                 sleep(0)  # lets the thread that is on its way go on
                 continue
-            now = monotonic()
-            deadline = deadline or now + READ_PATIENCE
-            late = now > deadline
+            # Not by the clock: if the whole process was stopped, nobody has had the time to end a step.
+            late = (attempt - READ_ATTEMPTS) * READ_PAUSE > READ_PATIENCE
             stuck &= under_way
             if not stuck:  # or a longer pause is of no use: it is not the slots that keep us waiting
-                stuck, until = under_way, now + READ_HUSH
+                stuck, until = under_way, monotonic() + READ_HUSH
             self._hush = until
             sleep(READ_PAUSE)
 

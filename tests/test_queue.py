@@ -5,7 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -610,6 +610,36 @@ def test_slots_do_not_pause_for_a_reader_that_waits_for_a_step_that_does_not_end
         wait_until(lambda: queue._hush)
 
         assert take(queue, 1) is not None
+        assert reader.is_alive()
+    reader.join(BOUND)
+    slot.join(BOUND)
+
+
+def test_reader_that_was_stopped_with_its_process_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that passes while nobody runs is not counted: the slot has had no chance to end its step."""
+    attempts: list[float] = []
+
+    def count(seconds: float) -> None:
+        attempts.append(seconds)
+        sleep(seconds)
+
+    monkeypatch.setattr(bgtasks.queue, "READ_PATIENCE", BOUND)
+    monkeypatch.setattr(bgtasks.queue, "sleep", count)
+    queue = TaskQueue("q", 1, 1)
+    queue.waiting = queue.inbox = waiting = ForcedDeque()
+    queue.put(make_task())
+    with Gate() as gate:
+        waiting.force("after popleft", gate)
+        slot = threading.Thread(target=take, args=(queue,))
+        slot.start()
+        gate.wait_entered()
+        reader = threading.Thread(target=queue.stats)
+        reader.start()
+        wait_until(lambda: queue._hush)
+        monkeypatch.setattr(bgtasks.queue, "monotonic", lambda: monotonic() + 10 * BOUND)
+        before = len(attempts)
+        wait_until(lambda: len(attempts) > before + 10 or not reader.is_alive())
+
         assert reader.is_alive()
     reader.join(BOUND)
     slot.join(BOUND)
