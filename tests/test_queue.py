@@ -5,6 +5,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from time import monotonic, sleep
 from typing import Any
 
@@ -591,15 +592,10 @@ def test_slot_does_not_pause_for_ever_for_a_reader_that_does_not_come_back() -> 
     assert not queue._hush
 
 
-def test_slots_do_not_pause_for_a_reader_that_waits_for_a_step_that_does_not_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A reader that waits in vain keeps the other slots for READ_HUSH, not for as long as it waits."""
-    monkeypatch.setattr(bgtasks.queue, "READ_PATIENCE", BOUND)
-    queue = TaskQueue("q", 2, 2)
-    queue.waiting = queue.inbox = waiting = ForcedDeque()
-    queue.put(make_task())
-    queue.put(make_task())
+@contextmanager
+def reader_of_a_step(queue: TaskQueue) -> Iterator[threading.Thread]:
+    """Hold a slot in the middle of taking a task, beside a reader who has asked the slots to pause."""
+    queue.waiting = queue.inbox = waiting = ForcedDeque(queue.waiting)
     with Gate() as gate:
         waiting.force("after popleft", gate)
         slot = threading.Thread(target=take, args=(queue,))
@@ -608,11 +604,22 @@ def test_slots_do_not_pause_for_a_reader_that_waits_for_a_step_that_does_not_end
         reader = threading.Thread(target=queue.stats)
         reader.start()
         wait_until(lambda: queue._hush)
-
-        assert take(queue, 1) is not None
-        assert reader.is_alive()
+        yield reader
     reader.join(BOUND)
     slot.join(BOUND)
+
+
+def test_slots_do_not_pause_for_a_reader_that_waits_for_a_step_that_does_not_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reader that waits in vain keeps the other slots for READ_HUSH, not for as long as it waits."""
+    monkeypatch.setattr(bgtasks.queue, "READ_PATIENCE", BOUND)
+    queue = TaskQueue("q", 2, 2)
+    queue.put(make_task())
+    queue.put(make_task())
+    with reader_of_a_step(queue) as reader:
+        assert take(queue, 1) is not None
+        assert reader.is_alive()
 
 
 def test_reader_that_was_stopped_with_its_process_still_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,23 +633,13 @@ def test_reader_that_was_stopped_with_its_process_still_waits(monkeypatch: pytes
     monkeypatch.setattr(bgtasks.queue, "READ_PATIENCE", BOUND)
     monkeypatch.setattr(bgtasks.queue, "sleep", count)
     queue = TaskQueue("q", 1, 1)
-    queue.waiting = queue.inbox = waiting = ForcedDeque()
     queue.put(make_task())
-    with Gate() as gate:
-        waiting.force("after popleft", gate)
-        slot = threading.Thread(target=take, args=(queue,))
-        slot.start()
-        gate.wait_entered()
-        reader = threading.Thread(target=queue.stats)
-        reader.start()
-        wait_until(lambda: queue._hush)
+    with reader_of_a_step(queue) as reader:
         monkeypatch.setattr(bgtasks.queue, "monotonic", lambda: monotonic() + 10 * BOUND)
         before = len(attempts)
         wait_until(lambda: len(attempts) > before + 10 or not reader.is_alive())
 
         assert reader.is_alive()
-    reader.join(BOUND)
-    slot.join(BOUND)
 
 
 def test_count_without_a_slot_that_is_interrupted_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -878,7 +878,7 @@ def test_slot_interrupted_as_somebody_holds_it_rests_once(monkeypatch: pytest.Mo
     3. slot: is interrupted, and finds itself neither idle nor called
     4. fork: finds a task running in another slot, and puts this one back
     """
-    monkeypatch.setattr(bgtasks.slots, "CALL_PATIENCE", 1.0)
+    monkeypatch.setattr(bgtasks.slots, "CALL_PATIENCE", BOUND)
     with Core(conn_max=1) as core:
         group = core.slots
         idle = group.idle = ForcedDeque(group.idle)
