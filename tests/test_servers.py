@@ -95,6 +95,8 @@ class Site(Server):
 
     def _accept(self, workers: int) -> bool:
         if len(self.accepted) < workers and self.get("/")["pid"] not in self.accepted:
+            if secrets.randbelow(2):
+                self.get("/")  # workers that take turns would never have the next request, too
             self.spawn(n=2)  # not necessarily there
         return len(self.accepted) >= workers
 
