@@ -17,7 +17,6 @@ from django.template.response import TemplateResponse
 from django.urls import URLPattern, path
 
 from bgtasks.models import BackgroundTasks
-from bgtasks.overview import overview, set_paused
 from bgtasks.pools import pools
 
 if TYPE_CHECKING:
@@ -83,6 +82,8 @@ class BackgroundTasksAdmin(_ModelAdmin):
     def data_view(self, request: HttpRequest) -> HttpResponseBase:
         """Answer with what all processes do."""
         self._require(self.has_view_permission(request))
+        from bgtasks.overview import overview  # only who looks at the page pays for importing it
+
         return JsonResponse(overview())
 
     def pause_view(self, request: HttpRequest) -> HttpResponseBase:
@@ -90,6 +91,8 @@ class BackgroundTasksAdmin(_ModelAdmin):
         self._require(self.has_view_permission(request) and self.has_pause_permission(request))
         if request.method != "POST":
             return HttpResponseNotAllowed(["POST"])
+        from bgtasks.overview import overview, set_paused
+
         pool, paused = request.POST.get("pool", ""), request.POST.get("paused") == "true"
         known = {each["name"] for each in overview()["pools"]}
         if pool not in known:

@@ -8,7 +8,6 @@ import django
 from django.conf import settings
 from django.core import checks
 from django.core.cache import caches
-from django.core.cache.backends.db import BaseDatabaseCache
 from django.db import connections, router
 from django.utils.module_loading import import_string
 
@@ -122,6 +121,8 @@ def _cache_databases() -> set[str]:
     config = conf.snapshot_config()
     if config is None:
         return set()
+    from django.core.cache.backends.db import BaseDatabaseCache  # a start without checks does not need it
+
     try:
         cache = caches[config.cache]
     except Exception:

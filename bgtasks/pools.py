@@ -28,7 +28,6 @@ from bgtasks import conf
 from bgtasks.drainer import Drainer, Life
 from bgtasks.exceptions import PoolDoesNotExist
 from bgtasks.log import DropLog, log
-from bgtasks.mover import HandoffSlots
 from bgtasks.publisher import Publisher
 from bgtasks.queue import DropReason, PoolStats, State, Task, TaskQueue
 from bgtasks.shell import Shell, capture, close_connections
@@ -299,7 +298,9 @@ class Pool:
                 task_timeout=task_timeout,
                 shutdown_timeout=shutdown_timeout,
             )
-        from bgtasks.handoff import Handoff  # only who hands off pays for importing it
+        # Only who hands off pays for importing them.
+        from bgtasks.handoff import Handoff
+        from bgtasks.mover import HandoffSlots
 
         return HandoffSlots(
             queue,
