@@ -285,3 +285,20 @@ def test_pools_start_with_django() -> None:
     assert done.stdout.strip() == str(
         ["MainThread", "bgtasks-default-1", "bgtasks-default-2", "bgtasks-drainer"]
     )
+
+
+def test_start_imports_only_what_it_uses() -> None:
+    """What hands off, what the admin page shows and Django's database cache wait until they are needed."""
+    done = run_python(
+        "import sys, django\n"
+        "from django.conf import settings\n"
+        "apps = ['django.contrib.admin', 'django.contrib.auth', 'django.contrib.contenttypes', 'bgtasks']\n"
+        "settings.configure(INSTALLED_APPS=apps)\n"
+        "django.setup()\n"
+        "import bgtasks\n"
+        "assert bgtasks.spawn('task', print, 'ran') and bgtasks.drain()\n"
+        "later = ['bgtasks.handoff', 'bgtasks.mover', 'bgtasks.overview', 'django.core.cache.backends.db']\n"
+        "print('bgtasks.admin' in sys.modules, [name for name in later if name in sys.modules])\n"
+    )
+
+    assert (done.stdout, done.stderr) == ("ran\nTrue []\n", "")
