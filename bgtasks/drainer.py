@@ -396,6 +396,19 @@ class Drainer:
             self._watching = True
             self._call_soon(self._watch)
 
+    def poll(self, group: Slots) -> bool:
+        """Have the loop take asynchronous tasks for idle slots of `group`; False if it is not there."""
+        loop = self._loop
+        if loop is None:
+            return False
+        try:
+            loop.call_soon_threadsafe(self._poll, group, context=Context())
+        except RuntimeError:
+            return False  # it has been closed since we looked
+        # One that has been told to end may not come to it. If that happens from now on, what waits is seen by
+        # whoever replaces the loop, opens the slots again, or shuts them down.
+        return self._loop is loop
+
     def stir(self) -> None:
         """Hear that a slot was idle and has been woken."""
         if self.companion is not None:
@@ -446,13 +459,16 @@ class Drainer:
             if self._loop is not dead:
                 return loop  # the drainer was stopped in the meantime
             self._loop = loop
-            slots = [slot for group in self._groups for slot in group.all]
+            groups = list(self._groups)
         with contextlib.suppress(Exception):
             dead.close()
+        for group in groups:
+            group.polled = False  # the dead one will not look
+            group.wake()
         # The timer that looked at plain functions has died as well.
         self._watching = True
         loop.call_soon(self._watch, context=Context())
-        for slot in slots:
+        for slot in [slot for group in groups for slot in group.all]:
             task = slot.loan
             if slot.owner is not Owner.LOOP or task is None:
                 continue
@@ -472,6 +488,18 @@ class Drainer:
         slot.call(partial(slot.land, task, Outcome.FAILED))
 
     # On the loop.
+
+    def _poll(self, group: Slots) -> None:
+        """Take asynchronous tasks for idle slots of `group`."""
+        group.polled = False  # before we look: whoever puts a task *just* after that polls again
+        loop = asyncio.get_running_loop()
+        self.stir()
+        try:
+            # A loop that has been told to end may come to this late, when the slots are another one's.
+            while self._loop is loop and (slot := group.claim()) is not None:
+                self._pump(slot, group.next_for(slot))
+        finally:
+            group.wake()  # for a plain function that is the next by now
 
     def _launch(self, slot: Slot, task: Task) -> None:
         if slot.lending is task:  # or an interrupted slot has launched it twice

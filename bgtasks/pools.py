@@ -231,6 +231,8 @@ class Pool:
                 if not slots.idle and self._drainer.life is Life.RUNNING and slots.all:
                     return True
                 # No idle slot: they have just become busy, or there are none yet.
+                if task.asynchronous and slots.poll():
+                    return True
                 if slots.wake() or self._drainer.ensure(slots):
                     return True
                 if not slots.queue.withdraw(task, DropReason.NO_THREAD):

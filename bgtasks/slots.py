@@ -10,6 +10,8 @@ A slot holds one task at a time. It runs a plain function on its thread and then
 itself, so a busy pool needs nobody to dispatch. An asynchronous task runs on the drainer's loop while its
 slot's thread serves as the executor of the task's ORM calls. Either way one task has one thread, and
 Django keeps connections per thread, so a pool can never hold more than CONN_MAX of them per alias.
+
+For an asynchronous task that finds a slot idle the spawner wakes the loop, which takes the slot by itself.
 """
 
 from __future__ import annotations
@@ -97,6 +99,10 @@ class Launcher(Protocol):
 
     def watch(self) -> None:
         """Look at overrunning tasks for as long as plain functions run under a TASK_TIMEOUT."""
+        ...
+
+    def poll(self, group: Slots) -> bool:
+        """Have the loop take asynchronous tasks for idle slots of `group`; False if it is not there."""
         ...
 
     def stir(self) -> None:
@@ -517,6 +523,7 @@ class Slots:
         self.paused = False  # no task is taken; written by pause and resume
         self._held: deque[Slot] = deque()  # where idle slots lie while it is
         self._wake_token: deque[None] = deque([None])
+        self.polled = False  # the loop is going to look for asynchronous tasks; cleared as it does
 
     def __repr__(self) -> str:
         stats = self.queue.stats()
@@ -562,6 +569,25 @@ class Slots:
             return True
         return False
 
+    def poll(self) -> bool:
+        """Have the loop take an asynchronous task that waits; False if no slot is idle, or it cannot.
+
+        For such a task a slot's thread is only a detour, which would have to wake the loop in its turn.
+        """
+        if not self.idle or not self.queue.waiting:
+            return False
+        if self.polled:
+            return True
+        self.polled = True
+        accepted = False
+        try:
+            accepted = self.launcher.poll(self)
+        finally:
+            # A signal handler has raised, or the loop is gone. Otherwise it may have looked by now.
+            if not accepted:
+                self.polled = False
+        return accepted
+
     def _wake_again(self, slot: Slot) -> None:
         """Wake a slot that is out of the idle ones, and may have been called or not."""
         if slot.owner is Owner.NOBODY and not self.is_idle(slot):
@@ -581,6 +607,17 @@ class Slots:
         finally:
             self._wake_token.append(None)
             self.wake()
+
+    def claim(self) -> Slot | None:
+        """Take an idle slot for the loop if the next task to run is asynchronous. Called on the loop."""
+        try:
+            if not self.queue.waiting[0].asynchronous:
+                return None
+            slot = self.idle.pop()
+        except IndexError:
+            return None
+        slot.owner, slot.touched = Owner.LOOP, False
+        return slot
 
     def is_idle(self, slot: Slot) -> bool:
         """Tell whether `slot` waits to be woken."""
@@ -642,6 +679,7 @@ class Slots:
             RuntimeError: Not one thread could be started.
         """
         self._wake_token = deque([None])
+        self.polled = False
         for number in range(1, self.runners + 1):
             slot = Slot(self, number)
             try:

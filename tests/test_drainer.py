@@ -19,8 +19,9 @@ import bgtasks.drainer
 import bgtasks.queue
 from bgtasks import signals
 from bgtasks.drainer import BURST, Drainer, Life
-from bgtasks.queue import State
+from bgtasks.queue import State, Task
 from bgtasks.shell import Shell
+from bgtasks.slots import Slot, Slots
 from tests.core import Core, ForcedDeque, make_task
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.test_slots import FailingStart, assert_conn_max_is_exact
@@ -152,10 +153,14 @@ class Breaker:
         self.loops: list[asyncio.AbstractEventLoop] = []
 
     async def __call__(self) -> None:
+        self.break_loop()
+        await asyncio.sleep(BOUND)
+
+    def break_loop(self) -> None:
+        """Break the loop that runs."""
         loop = asyncio.get_running_loop()
         self.loops.append(loop)
         vars(loop)["_selector"].close()
-        await asyncio.sleep(BOUND)
 
     def __enter__(self) -> "Breaker":
         return self
@@ -168,7 +173,8 @@ class Breaker:
             left = asyncio.all_tasks(loop)
             for runner in left:
                 runner.cancel()
-            loop.run_until_complete(asyncio.wait(left))
+            if left:
+                loop.run_until_complete(asyncio.wait(left))
             loop.close()
 
 
@@ -227,7 +233,7 @@ def test_loop_that_breaks_while_the_drainer_stops_is_not_replaced(
     with Breaker() as breaker, Core(conn_max=1) as core:
         thread = core.drainer._thread
         monkeypatch.setattr(asyncio, "new_event_loop", stop_and_make)
-        core.spawn("breaks", breaker)
+        core.drainer.call_later(0, breaker.break_loop)
         thread.join(BOUND)
 
         assert not thread.is_alive()
@@ -251,7 +257,7 @@ def test_coroutine_lent_as_the_loop_is_replaced_runs() -> None:
         def _new_loop(self) -> asyncio.AbstractEventLoop:
             loop = super()._new_loop()
             if breaker.loops:
-                core.spawn("lent", run, "lent")
+                core.spawn("lent", lambda: run("lent"))
                 wait_until(lambda: any(slot.lending is not None for slot in core.slots.all))
             return loop
 
@@ -265,6 +271,38 @@ def test_coroutine_lent_as_the_loop_is_replaced_runs() -> None:
 
         assert ran == ["lent"]
         assert (core.stats().failed, core.stats().succeeded) == (1, 2)
+        assert_conn_max_is_exact(core)
+
+
+def test_coroutine_that_a_dead_loop_was_to_take_runs() -> None:
+    """A coroutine that was left to a loop which then dies runs on the next one, once.
+
+    1. the drainer's thread: its loop has died, with no task on it; it is about to put a new one in its place
+    2. a spawner: has the dead one take a coroutine
+    3. the drainer's thread: goes on with the new one
+    """
+    ran: list[str] = []
+
+    async def run(name: str) -> None:
+        ran.append(name)
+
+    class Replacing(Drainer):
+        def _new_loop(self) -> asyncio.AbstractEventLoop:
+            loop = super()._new_loop()
+            if breaker.loops:
+                core.spawn("polled", run, "polled")
+                assert core.slots.polled
+            return loop
+
+    with Breaker() as breaker, Core(conn_max=2, drainer=Replacing()) as core:
+        core.drainer.call_later(0, breaker.break_loop)
+        core.logs.wait("the drainer's loop has died; it is replaced")
+        wait_until(lambda: ran and len(core.slots.idle) == 2)
+        core.spawn("next", run, "next")
+        core.drain()
+
+        assert ran == ["polled", "next"]
+        assert core.stats().succeeded == 2
         assert_conn_max_is_exact(core)
 
 
@@ -628,6 +666,175 @@ def test_drainer_stops_looking_when_nothing_is_due() -> None:
         assert looked.wait(BOUND)
 
         assert core.drainer._watching is False
+
+
+# Asynchronous tasks that the loop takes by itself.
+
+
+class Watched(Slots):
+    """Slots that note who is woken."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.woken: list[Slot] = []
+
+    def awake(self, slot: Slot) -> Task | None:
+        self.woken.append(slot)
+        return super().awake(slot)
+
+
+def test_coroutine_needs_no_thread_of_a_slot() -> None:
+    """The loop itself takes an asynchronous task for an idle slot; no thread of a slot is woken for it."""
+    with Core(conn_max=2, slots=Watched) as core, AsyncGate() as gate:
+        for _ in range(4):
+            core.spawn("held", gate)
+        gate.wait_entered(2)
+        stats = core.stats()
+        gate.open()
+        core.drain()
+
+        assert (stats.running, stats.queued) == (2, 2)
+        assert core.slots.woken == []
+        assert_conn_max_is_exact(core)
+
+
+def test_burst_of_coroutines_costs_its_spawner_one_call_to_the_loop() -> None:
+    """As long as the loop has yet to look, nobody asks it again."""
+    with Core(conn_max=3) as core, Gate() as held, AsyncGate() as gate:
+        core.drainer.call_later(0, held)
+        held.wait_entered()
+        loop = core.drainer._loop
+        calls: list[Any] = []
+        call_soon_threadsafe = loop.call_soon_threadsafe
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls.append(args)
+            return call_soon_threadsafe(*args, **kwargs)
+
+        setattr(loop, "call_soon_threadsafe", count)  # noqa: B010  # a method
+        for _ in range(3):
+            core.spawn("burst", gate)
+        setattr(loop, "call_soon_threadsafe", call_soon_threadsafe)  # noqa: B010
+        held.open()
+        gate.wait_entered(3)
+        gate.open()
+        core.drain()
+
+        assert len(calls) == 1
+
+
+def test_coroutine_put_just_after_the_loop_looked_is_taken_by_it() -> None:
+    """A spawner that comes between the loop's last look at the queue and its rest asks it again.
+
+    1. the loop: finds nothing more to take
+    2. a spawner: puts an asynchronous task
+    """
+    spawned: list[bool] = []
+
+    class Interleaved(Watched):
+        def wake(self) -> bool:
+            result = super().wake()
+            if threading.current_thread().name == "bgtasks-drainer" and not spawned:
+                spawned.append(core.spawn("just after", nothing))
+            return result
+
+    with Core(conn_max=1, slots=Interleaved) as core:
+        core.spawn("first", nothing)
+        wait_until(lambda: core.stats().succeeded == 2)
+
+        assert core.slots.woken == []
+
+
+def test_function_that_the_loop_finds_is_left_to_a_slot() -> None:
+    """The loop that looks for asynchronous tasks and meets a plain function wakes a slot for it."""
+    ran: list[threading.Thread] = []
+    with Core(conn_max=2) as core:
+        core.queue.put(make_task("plain", lambda: ran.append(threading.current_thread())))
+        assert core.drainer.poll(core.slots) is True
+        core.drain()
+
+        assert ran[0] in core.slots.threads()
+        assert_conn_max_is_exact(core)
+
+
+def test_loop_that_looks_too_late_takes_nothing() -> None:
+    """A loop in whose place another one has come leaves the slots to that one."""
+    with Core(conn_max=1) as core, Gate() as held:
+        core.drainer.call_later(0, held)
+        held.wait_entered()
+        own = core.drainer._loop
+        core.spawn("left", nothing)
+        other = core.drainer._loop = asyncio.new_event_loop()
+        woken: list[Slots] = []
+        setattr(core.slots, "wake", lambda: woken.append(core.slots))  # noqa: B010  # a method
+        held.open()
+        wait_until(lambda: woken)
+
+        assert core.stats().queued == 1
+        del core.slots.wake
+        core.drainer._loop = own
+        other.close()
+        core.slots.wake()
+        core.drain()
+
+
+class Ending:
+    """A loop that is told to end just as it is asked for something."""
+
+    def __init__(self, drainer: Drainer) -> None:
+        self._drainer = drainer
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> None:
+        self._drainer._loop = None
+
+
+class Closed:
+    """A loop that is closed."""
+
+    def __init__(self, drainer: Drainer) -> None:
+        pass
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Event loop is closed")
+
+
+def test_coroutine_left_to_a_loop_that_was_stopped_runs_with_the_next_start(impatient: None) -> None:
+    """A loop that is told to end before it comes to look leaves its tasks to the one that is started next."""
+    with Core(conn_max=1) as core, Gate(bound=10 * BOUND) as held:
+        core.drainer.call_later(0, held)
+        held.wait_entered()
+        core.spawn("left", nothing)
+        assert core.slots.polled
+        core.drainer.stop()
+
+        core.drainer.start()
+        core.drain()
+        wait_until(lambda: core.slots.idle)
+        core.spawn("next", nothing)
+        core.drain()
+
+        assert core.stats().succeeded == 2
+        held.open()
+
+
+@pytest.mark.parametrize("make_loop", [lambda drainer: None, Closed, Ending])
+def test_coroutine_that_the_loop_may_not_come_to_is_left_to_a_slot(make_loop: Any) -> None:
+    """Where the loop is not there, or is told to end as it is asked, a slot's thread is woken."""
+
+    class Leaving(Drainer):
+        def poll(self, group: Slots) -> bool:
+            own, self._loop = self._loop, make_loop(self)
+            try:
+                return super().poll(group)
+            finally:
+                self._loop = own
+
+    with Core(conn_max=1, slots=Watched, drainer=Leaving()) as core:
+        core.spawn("left", nothing)
+        core.drain()
+
+        assert len(core.slots.woken) == 1
+        assert core.slots.polled is False
 
 
 # Shutdown.

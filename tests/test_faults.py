@@ -60,6 +60,25 @@ def test_connections_are_not_looked_at_in_the_middle_of_a_task(monkeypatch: pyte
         assert hooks.cleaned == 2
 
 
+def test_connections_of_a_slot_that_a_stranger_has_used_are_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call that comes too late, for a task that has ended, does not spare the next task the look."""
+    monkeypatch.setattr(slots, "STALE_AFTER", -1.0)
+    hooks = CountingShell()
+    seen: list[int] = []
+
+    async def call() -> None:
+        await sync_to_async(lambda: seen.append(hooks.cleaned))()
+
+    with Core(conn_max=1, hooks=hooks) as core:
+        core.slots.all[0].submit(print, end="").result(BOUND)
+        core.spawn("call", call)
+        core.drain()
+
+        assert seen == [2]
+
+
 def test_blocked_loop_keeps_no_function_from_an_idle_slot() -> None:
     """While a coroutine blocks the loop, and another waits for it, plain functions run in the other slots."""
     with Core(conn_max=4) as core, Gate() as block, Gate() as gate:

@@ -1,8 +1,12 @@
 """A paused pool accepts and does not run."""
 
+import asyncio
+import gc
 import threading
 from functools import partial
 from typing import Any
+
+import pytest
 
 from bgtasks.queue import State
 from tests.core import Core, ForcedDeque
@@ -139,8 +143,9 @@ def test_paused_pool_steps_aside_for_a_fork(patient: None) -> None:
         core.slots.resume()
 
 
-def test_companion_hears_of_a_slot_that_is_woken() -> None:
-    """The thread beside the drainer is stirred when a slot wakes, and told of the end."""
+@pytest.mark.parametrize("task", [gc.isenabled, partial(asyncio.sleep, 0)])
+def test_companion_hears_of_a_slot_that_was_idle(task: Any) -> None:
+    """The thread beside the drainer is stirred when an idle slot gets a task, and told of the end."""
 
     class Companion:
         def __init__(self) -> None:
@@ -156,7 +161,7 @@ def test_companion_hears_of_a_slot_that_is_woken() -> None:
     with Core(conn_max=1) as core:
         companion: Any = Companion()
         core.drainer.companion = companion
-        core.spawn("task", print, end="")
+        core.spawn("task", task)
         core.drain()
         core.drainer.stop()
         core.drainer.after_fork_in_child()

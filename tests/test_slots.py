@@ -448,21 +448,18 @@ def test_woken_slot_that_is_stopped_loses_no_task() -> None:
     """A task whose slot is stopped as it is woken waits, and runs with the next one that is spawned.
 
     1. spawner: takes the slot out of the idle ones
-    2. somebody stops the drainer, so there is no loop to take the asynchronous task
+    2. somebody stops the drainer
     3. spawner: sends the slot's thread, which has ended, a message
     """
     done: list[str] = []
-
-    async def note(name: str) -> None:
-        done.append(name)
 
     with Core(conn_max=1) as core:
         core.slots.idle = ForcedDeque(core.slots.idle)
         core.slots.idle.force("after remove", core.drainer.stop)
 
-        assert core.spawn("first", note, "first") is True
+        assert core.spawn("first", done.append, "first") is True
         assert core.stats().queued == 1
-        core.spawn("second", note, "second")
+        core.spawn("second", done.append, "second")
         core.drain()
 
         assert done == ["first", "second"]
@@ -797,10 +794,13 @@ def test_coroutine_whose_slot_is_interrupted_as_it_is_lent_runs_once(when: str) 
     async def run() -> None:
         ran.append(1)
 
+    def begin() -> Any:
+        return run()  # which the slot's thread lends to the loop
+
     with Core(conn_max=1, drainer=InterruptedLaunch(when)) as core, Gate() as held:
         core.drainer.call_later(0, held)
         held.wait_entered()
-        core.spawn("interrupted", run)
+        core.spawn("interrupted", begin)
         core.logs.wait("was interrupted; it goes on")
         held.open()
         core.drain()
@@ -1004,6 +1004,32 @@ def test_spawner_ended_before_the_ring_rings() -> None:
         core.drain()
 
         assert core.stats().succeeded == 1
+        assert_conn_max_is_exact(core)
+
+
+def test_spawner_ended_as_it_asks_the_loop_leaves_that_to_the_next() -> None:
+    """A signal handler that raises as the loop is asked to take a coroutine loses neither it nor the next."""
+
+    class InterruptedPoll(bgtasks.drainer.Drainer):
+        def poll(self, group: Slots) -> bool:
+            return super().poll(group) if polls.pop() else exit_()
+
+    ran: list[int] = []
+
+    async def run() -> None:
+        ran.append(1)
+
+    polls = [True, False]
+    with Core(conn_max=1, drainer=InterruptedPoll()) as core:
+        with pytest.raises(SystemExit):
+            core.spawn("interrupted", run)
+        core.drain()
+        wait_until(lambda: core.slots.idle)
+        core.spawn("next", run)
+        core.drain()
+
+        assert ran == [1, 1]
+        assert polls == []
         assert_conn_max_is_exact(core)
 
 
