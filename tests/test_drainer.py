@@ -682,6 +682,12 @@ class Watched(Slots):
         self.woken.append(slot)
         return super().awake(slot)
 
+    @classmethod
+    def of(cls, core: Core) -> "Watched":
+        """Return the slots of `core`, which were made of this class."""
+        assert isinstance(core.slots, cls)
+        return core.slots
+
 
 def test_coroutine_needs_no_thread_of_a_slot() -> None:
     """The loop itself takes an asynchronous task for an idle slot; no thread of a slot is woken for it."""
@@ -694,7 +700,7 @@ def test_coroutine_needs_no_thread_of_a_slot() -> None:
         core.drain()
 
         assert (stats.running, stats.queued) == (2, 2)
-        assert core.slots.woken == []
+        assert Watched.of(core).woken == []
         assert_conn_max_is_exact(core)
 
 
@@ -742,7 +748,7 @@ def test_coroutine_put_just_after_the_loop_looked_is_taken_by_it() -> None:
         core.spawn("first", nothing)
         wait_until(lambda: core.stats().succeeded == 2)
 
-        assert core.slots.woken == []
+        assert Watched.of(core).woken == []
 
 
 def test_function_that_the_loop_finds_is_left_to_a_slot() -> None:
@@ -833,7 +839,7 @@ def test_coroutine_that_the_loop_may_not_come_to_is_left_to_a_slot(make_loop: An
         core.spawn("left", nothing)
         core.drain()
 
-        assert len(core.slots.woken) == 1
+        assert len(Watched.of(core).woken) == 1
         assert core.slots.polled is False
 
 

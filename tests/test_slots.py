@@ -1012,7 +1012,9 @@ def test_spawner_ended_as_it_asks_the_loop_leaves_that_to_the_next() -> None:
 
     class InterruptedPoll(bgtasks.drainer.Drainer):
         def poll(self, group: Slots) -> bool:
-            return super().poll(group) if polls.pop() else exit_()
+            if not polls.pop():
+                exit_()
+            return super().poll(group)
 
     ran: list[int] = []
 
