@@ -5,6 +5,9 @@ One burst of tasks, while 60 requests a second come in, on PostgreSQL with psyco
 way to start them gets a fresh server, whose visitors are measured first without and then with the burst; the
 ways take turns, and the figures are medians over the rounds. A request belongs to the stretch it was due in,
 however late its answer (an open loop).
+
+Eight processes of their own share the machine and the database with the requests, but not the GIL: what they
+do to the requests is what no way to run tasks in the process of the site can avoid.
 """
 
 import argparse
@@ -34,6 +37,7 @@ LABELS = {
     "starlette": "Starlette's `BackgroundTask`",
     "create-task": "`asyncio.create_task`, `to_thread`",
     "tasks-local": "django-tasks-local, 8 workers",
+    "processes-8": "`ProcessPoolExecutor(8)`",
 }
 SERVERS = {
     "uvicorn": ["-m", "uvicorn", "benchmarks.asgi:application", "--log-level=warning", "--port={port}"],
@@ -235,6 +239,11 @@ def report(result: Result, scenario: Scenario, runs: dict[str, list[Run]]) -> No
             f"p99 to {ratios.get('executor-8', 0):.2f} x idle. Above 1, that is the tasks' own Python, "
             "between one query and the next, for which a request has to wait at the GIL."
         )
+        if "processes-8" in ratios:
+            result.notes[-1] += (
+                f" Eight processes of their own, which share no GIL with the requests, bring it to "
+                f"{ratios['processes-8']:.2f} x idle."
+            )
     else:
         peers = [ratio for means, ratio in ratios.items() if means in {"executor-8", "tasks-local"}]
         best = min(peers, default=ratios["bgtasks"])

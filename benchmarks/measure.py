@@ -35,6 +35,14 @@ def set_up() -> None:
     timezone.activate(ZoneInfo("Europe/Paris"))
 
 
+def set_up_apart() -> None:
+    """Set Django up in a process that only runs tasks, one at a time, and so needs one connection."""
+    set_up()
+    from django.db import connections
+
+    connections.settings["default"]["OPTIONS"]["pool"] = {"min_size": 1, "max_size": 1}
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Return the smallest value that at least `percent` % of the values do not exceed."""
     return nearest_rank(sorted(values), percent)

@@ -3,7 +3,8 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 from django.contrib import admin
 from django.db import connections
@@ -12,11 +13,13 @@ from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
 import bgtasks
+from benchmarks.measure import set_up_apart
 from benchmarks.tasks import local_task, work
 from demo_project.views import members
 
 executor = ThreadPoolExecutor(64)
 executor_8 = ThreadPoolExecutor(8)
+processes_8 = ProcessPoolExecutor(8, get_context("spawn"), initializer=set_up_apart)
 running: set[asyncio.Task[None]] = set()
 loops: list[asyncio.AbstractEventLoop] = []  # the server's, once it has announced itself
 
@@ -47,6 +50,15 @@ def run(kind: str) -> None:
     finally:
         connections.close_all()
         Count.end(succeeded)
+
+
+def run_apart(kind: str) -> None:
+    """Do the same in a process without requests."""
+
+    def end(future: Future[None]) -> None:
+        Count.end(future.exception() is None)
+
+    processes_8.submit(work, kind).add_done_callback(end)
 
 
 async def arun(kind: str) -> None:
@@ -80,6 +92,7 @@ MEANS: dict[str, Callable[[str], object]] = {
     "starlette": lambda kind: start_on_loop(starlette_run, kind),
     "create-task": lambda kind: start_on_loop(arun, kind),
     "tasks-local": local_task.enqueue,
+    "processes-8": run_apart,
 }
 
 

@@ -523,7 +523,7 @@ class Drainer:
             task = self._end(slot, task, runner)
         if task is not None:
             slot.loan = slot.lending = task
-            self.launch(slot, task)
+            asyncio.get_running_loop().call_soon(self._launch, slot, task, context=Context())
 
     def _start_task(self, slot: Slot, task: Task) -> asyncio.Task[None]:
         loop = asyncio.get_running_loop()
