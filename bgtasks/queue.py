@@ -271,6 +271,7 @@ class TaskQueue:
         self._hush = 0.0  # monotonic seconds until which slots leave it to readers; written by both
         self._told: dict[Task, object] = {}  # by whom the listeners were told of a task's end
         self._landmarks: list[Landmark] = []
+        self._lost = Tally()  # tasks that the deque has given away and nobody has received
         self._lock = threading.RLock()  # for the few who act without a slot: withdraw, close, sweep, give_up
         self._rest = Account()  # what they count; under _lock
         self._removed: list[None] = []  # something if _rest.ending left the running ones; under _lock
@@ -433,6 +434,7 @@ class TaskQueue:
         self._settle_ending(account, self._running, self._count)
         if lost:
             self._count_unrun(account, OTHERS, Outcome.FAILED)
+            self._lost.add()  # before the landmarks are looked at; see all_ended
             self._strike_lost()
 
     def _settle_ending(
@@ -589,7 +591,10 @@ class TaskQueue:
         landmark = Landmark()
         # Before the tasks are looked at: one that ends while we look is struck off.
         self._landmarks.append(landmark)
+        lost = self._lost.value
         landmark.seal(self._steady(self._accepted).difference(except_for))
+        if self._lost.value != lost:  # whoever lost one since we looked may have found nothing sealed
+            self._strike_lost()
         self._tidy()
         return landmark.reached
 

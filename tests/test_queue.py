@@ -1105,6 +1105,32 @@ def test_task_lost_by_an_interrupted_take_does_not_hold_a_landmark_up() -> None:
     assert (queue.stats().failed, queue.stats().succeeded) == (1, 1)
 
 
+def test_task_lost_while_somebody_begins_to_wait_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that an interrupted take loses is struck off by the waiter if its slot came too early for that.
+
+    1. waiter: looks at the tasks
+    2. slot: takes one and is interrupted, looks for landmarks, and finds one with no tasks
+    3. waiter: seals the landmark with that task
+    """
+    queue = TaskQueue("q", 1, 1)
+    queue.waiting = queue.inbox = ForcedDeque()
+    queue.put(make_task("lost"))
+    seal = Landmark.seal
+
+    def lose_and_seal(landmark: Landmark, tasks: set[Task]) -> None:
+        queue.waiting.force("after popleft", exit_)
+        with pytest.raises(SystemExit):
+            take(queue)
+        queue.settle(queue.accounts[0])
+        seal(landmark, tasks)
+
+    monkeypatch.setattr(Landmark, "seal", lose_and_seal)
+    landmark = queue.all_ended()
+
+    assert landmark.done()
+    assert queue.stats().failed == 1
+
+
 def test_abandoned_landmarks_are_not_kept() -> None:
     """Whoever asks again and again, and gives up each time, fills no memory while a task goes on."""
     queue = TaskQueue("q", 1, 1)
