@@ -1113,12 +1113,12 @@ def test_task_lost_while_somebody_begins_to_wait_is_not_waited_for(monkeypatch: 
     3. waiter: seals the landmark with that task
     """
     queue = TaskQueue("q", 1, 1)
-    queue.waiting = queue.inbox = ForcedDeque()
+    waiting = queue.waiting = queue.inbox = ForcedDeque()
     queue.put(make_task("lost"))
     seal = Landmark.seal
 
     def lose_and_seal(landmark: Landmark, tasks: set[Task]) -> None:
-        queue.waiting.force("after popleft", exit_)
+        waiting.force("after popleft", exit_)
         with pytest.raises(SystemExit):
             take(queue)
         queue.settle(queue.accounts[0])
