@@ -43,14 +43,16 @@ RUNNERS = {
 }
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", ["sqlite-in-memory", "sqlite", "postgresql"])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_project_tests_itself(runner: str, database: str) -> None:
+def test_a_project_tests_itself(runner: str, database: str, tmp_path: Path) -> None:
     """Every runner passes, drops its databases, and leaves no connection to them."""
     server = os.environ["BGTASKS_TEST_POSTGRESQL"]
     env = environment({"DJANGO_SETTINGS_MODULE": "tests.kit.settings", "PYTEST_ADDOPTS": ""})
     if database == "postgresql":
         env["KIT_POSTGRESQL"] = server
+    if database == "sqlite":
+        env["KIT_SQLITE"] = str(tmp_path / "kit.sqlite3")
 
     done = subprocess.run(
         [sys.executable, *RUNNERS[runner]],
@@ -67,6 +69,7 @@ def test_a_project_tests_itself(runner: str, database: str) -> None:
     with psycopg.connect(host=server, user="postgres", dbname="postgres") as connection:
         [(databases,)] = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'kit%'")
     assert databases == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plugin_does_not_import_django() -> None:

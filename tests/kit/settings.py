@@ -1,4 +1,4 @@
-"""Settings of the sample project: its database is SQLite in memory, or the one the environment names."""
+"""Settings of the sample project: its tests use SQLite in memory, or what the environment names."""
 
 import os
 from typing import Any
@@ -14,6 +14,8 @@ STATIC_URL = "static/"
 DATABASES: dict[str, dict[str, Any]] = {
     "default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
 }
+if file := os.environ.get("KIT_SQLITE"):
+    DATABASES["default"]["TEST"] = {"NAME": file}
 if server := os.environ.get("KIT_POSTGRESQL"):
     DATABASES["default"] = {
         "ENGINE": "django.db.backends.postgresql",

@@ -2,13 +2,20 @@
 
 import urllib.request
 
-from django.db import connection
+from django.db import connections
+from django.db.backends.sqlite3.base import DatabaseWrapper as SQLite
 from django.test import LiveServerTestCase, TestCase, TransactionTestCase
 
 import bgtasks
 from bgtasks import testing
 from tests.kit.shop.models import Order
 from tests.kit.shop.urls import confirm
+
+
+def is_in_memory() -> bool:
+    """Tell whether the database is one whose second writer fails at once, and does not wait for the first."""
+    database = connections["default"]
+    return isinstance(database, SQLite) and database.is_in_memory_db()
 
 
 class Inline(TestCase):
@@ -49,6 +56,8 @@ class Drained(TransactionTestCase):
     def test_view(self) -> None:
         with testing.drained():
             self.client.get("/order?reference=a")
+            if is_in_memory():
+                bgtasks.drain(30)
             self.client.get("/aorder?reference=b")
 
         assert [order.confirmed for order in Order.objects.all()] == [True, True]
@@ -74,4 +83,4 @@ class Plain(TransactionTestCase):
         bgtasks.spawn("confirm", confirm, order.pk)
 
         assert bgtasks.drain(30)
-        assert connection.vendor == "sqlite" or Order.objects.get().confirmed
+        assert Order.objects.get().confirmed
