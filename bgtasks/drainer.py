@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 FORK_PATIENCE = 1.0  # seconds a fork waits for slots that have just ended their last task
 STOP_PATIENCE = 0.4  # seconds for cancelled tasks to give in, for slots to end, and for the loop to end
-BURST = 64  # asynchronous tasks that may end without ever waiting before the loop gets its turn
+BURST = 64  # asynchronous tasks that may end without ever waiting before their slot lets the loop go on
 
 # Most of what a task costs that never waits is the trip through the loop. An eager start (3.12) saves it.
 EAGER = sys.version_info >= (3, 12)
@@ -335,7 +335,10 @@ class Drainer:
     # Forks.
 
     def before_fork(self) -> None:
-        """Step aside if nothing waits or runs. Never waits for the thread it is called on."""
+        """Step aside if nothing runs. Never waits for the thread it is called on.
+
+        What waits for the loop to take it, or for the end of a pause, waits until the fork is over.
+        """
         with self._lock:
             self._forks += 1
             own = threading.current_thread() in self.threads()
@@ -346,7 +349,7 @@ class Drainer:
         _join(threads, FORK_PATIENCE)
 
     def _seize(self) -> bool:
-        """Take all slots of all groups; False, and none is taken, if anything waits or runs."""
+        """Take all slots of all groups; False, and none is taken, if one of them has something to do."""
         if self._loop is not None and asyncio.all_tasks(self._loop):
             return False  # coroutines that tasks have left behind, and that would be cancelled
         deadline = monotonic() + FORK_PATIENCE
@@ -410,7 +413,7 @@ class Drainer:
         return self._loop is loop
 
     def stir(self) -> None:
-        """Hear that a slot was idle and has been woken."""
+        """Hear that a slot was idle and is no longer."""
         if self.companion is not None:
             self.companion.stir()
 
@@ -493,10 +496,12 @@ class Drainer:
         """Take asynchronous tasks for idle slots of `group`."""
         group.polled = False  # before we look: whoever puts a task *just* after that polls again
         loop = asyncio.get_running_loop()
-        self.stir()
         try:
             # A loop that has been told to end may come to this late, when the slots are another one's.
             while self._loop is loop and (slot := group.claim()) is not None:
+                # Only now: nobody who has seized the slots, for a fork or for good, has a thread started.
+                with contextlib.suppress(Exception):
+                    self.stir()
                 self._pump(slot, group.next_for(slot))
         finally:
             group.wake()  # for a plain function that is the next by now

@@ -451,13 +451,13 @@ class TaskQueue:
 
     def _strike_lost(self) -> None:
         """Strike off what the deque has given away and nobody has received."""
-        known = self._steady(self._accepted)
-        for landmark in tuple(self._landmarks):
-            for task in landmark.pending() - known:
-                if task.outcome is None:
-                    task.discard()
-                    task.outcome = Outcome.FAILED
-                    self._strike(task)
+        # What is waited for comes first: it was spawned before, so if it is alive, it is among the accepted.
+        waited = set[Task]().union(*(landmark.pending() for landmark in tuple(self._landmarks)))
+        for task in waited - self._steady(self._accepted):
+            if task.outcome is None:
+                task.discard()
+                task.outcome = Outcome.FAILED
+                self._strike(task)
 
     def may_tell(self, task: Task, teller: object) -> bool:
         """Tell whether `teller` is the one, and the only one, to tell the listeners that `task` ended."""

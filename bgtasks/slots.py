@@ -3,15 +3,19 @@
 ::
 
     spawner ──put──► TaskQueue ──take──► Slot 1 … Slot CONN_MAX
-       │                                   ▲ │
-       └── wake, only if a slot is idle ───┘ └── asynchronous task: lend the slot to the drainer's loop
+      │ │                                  ▲ │           ▲
+      │ └── wake, if a slot is idle ───────┘ │ lend      │ claim
+      │                                      ▼           │
+      └──── poll, the same for an ───────► the drainer's loop
+            asynchronous task
 
 A slot holds one task at a time. It runs a plain function on its thread and then takes the next task by
 itself, so a busy pool needs nobody to dispatch. An asynchronous task runs on the drainer's loop while its
 slot's thread serves as the executor of the task's ORM calls. Either way one task has one thread, and
 Django keeps connections per thread, so a pool can never hold more than CONN_MAX of them per alias.
 
-For an asynchronous task that finds a slot idle the spawner wakes the loop, which takes the slot by itself.
+A busy slot that takes an asynchronous task lends itself to the loop. If one is idle, the spawner asks the
+loop, which claims it: to wake the slot's thread first would be a detour.
 """
 
 from __future__ import annotations
@@ -106,7 +110,7 @@ class Launcher(Protocol):
         ...
 
     def stir(self) -> None:
-        """Hear that a slot was idle and has been woken."""
+        """Hear that a slot was idle and is no longer."""
         ...
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> None:
@@ -556,8 +560,8 @@ class Slots:
                     self._wake_token.append(None)
                     continue
                 slot.woken = True
-                # Its thread, even for an asynchronous task, which it lends to the loop: the loop may be
-                # blocked, and would keep the token.
+                # Its thread, even for an asynchronous task: see poll. The loop may be blocked, and would keep
+                # the token.
                 slot.call(slot.wake)
             except BaseException:
                 # A signal handler has raised, just after one of these calls.
@@ -722,8 +726,8 @@ class Slots:
     def seize(self, deadline: float) -> bool:
         """Take every slot out of `idle`, so that nothing runs and nothing can start.
 
-        Gives up, and puts them back, as soon as a task waits or runs, or at `deadline` (monotonic
-        seconds): a slot that has ended its task needs a moment to get back there.
+        Gives up, and puts them back, as soon as one is not there because it has something to do, or at
+        `deadline` (monotonic seconds): a slot that has ended its task needs a moment to get back there.
         """
         seized: list[Slot] = []
         while len(seized) < len(self.all):

@@ -74,6 +74,26 @@ class Logs(logging.Handler):
                 raise AssertionError(f"waited {BOUND} s for a line, logged: {self.lines}")
 
 
+class Companion:
+    """A thread beside the drainer that only notes what it hears."""
+
+    def __init__(self, *, broken: bool = False) -> None:
+        self.heard: list[str] = []
+        self._broken = broken
+
+    def stir(self) -> None:
+        self.heard.append("stir")
+        if self._broken:
+            raise MemoryError
+
+    def halt(self) -> list[threading.Thread]:
+        self.heard.append("halt")
+        return []
+
+    def forget(self) -> None:
+        self.heard.append("forget")
+
+
 class Core:
     """The pieces of one pool, put together as Pool does it, on a drainer of their own.
 

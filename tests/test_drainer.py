@@ -22,7 +22,7 @@ from bgtasks.drainer import BURST, Drainer, Life
 from bgtasks.queue import State, Task
 from bgtasks.shell import Shell
 from bgtasks.slots import Slot, Slots
-from tests.core import Core, ForcedDeque, make_task
+from tests.core import Companion, Core, ForcedDeque, make_task
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.test_slots import FailingStart, assert_conn_max_is_exact
 
@@ -782,6 +782,66 @@ def test_loop_that_looks_too_late_takes_nothing() -> None:
         other.close()
         core.slots.wake()
         core.drain()
+
+
+def test_loop_that_looks_during_a_fork_starts_no_thread(patient: None) -> None:
+    """A coroutine that waits for the loop does not hold up a fork, nor has it a thread started meanwhile.
+
+    1. spawner: puts an asynchronous task, and asks the loop to take it
+    2. a fork seizes the slots, all of which are idle, and tells every thread to end
+    3. the loop: comes to look
+    """
+    with Core(conn_max=1) as core, Gate() as held:
+        core.drainer.companion = companion = Companion()
+        core.drainer.call_later(0, held)
+        held.wait_entered()
+        core.spawn("left", nothing)
+        loop = core.drainer._loop
+        loop.call_soon_threadsafe(companion.heard.append, "looked")
+        forking = threading.Thread(target=core.drainer.before_fork)
+        forking.start()
+        wait_until(lambda: companion.heard)
+        held.open()
+        forking.join(BOUND)
+
+        assert companion.heard == ["halt", "looked"]
+        assert core.threads() == []
+        core.drainer.after_fork_in_parent()
+        core.drain()
+        assert core.stats().succeeded == 1
+
+
+def test_loop_that_looks_after_a_shutdown_starts_no_thread(impatient: None) -> None:
+    """The thread beside the drainer has taken back what it published; nothing has it come again."""
+    with Core(conn_max=1) as core, Gate(bound=10 * BOUND) as held, Gate() as looked:
+        core.drainer.companion = companion = Companion()
+        core.drainer.call_later(0, held)
+        held.wait_entered()
+        core.spawn("swept", nothing)
+        core.drainer._loop.call_soon_threadsafe(looked)
+        threads = core.slots.threads()
+        core.drainer.close({core.slots: monotonic()})
+        for thread in threads:
+            thread.join(BOUND)  # it may have been woken before
+        companion.heard.clear()
+        held.open()
+        looked.wait_entered()
+
+        assert companion.heard == []
+        assert core.stats().cancelled == 1
+
+
+def test_companion_that_cannot_be_stirred_costs_the_loop_no_slot() -> None:
+    """What fails beside the drainer does not reach the task."""
+    with Core(conn_max=1) as core:
+        core.drainer.companion = companion = Companion(broken=True)
+        core.spawn("works", nothing)
+        core.drain()
+
+        assert companion.heard == ["stir"]
+        assert core.stats().succeeded == 1
+        core.drainer.companion = None
+        assert_conn_max_is_exact(core)
 
 
 class Ending:

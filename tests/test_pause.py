@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bgtasks.queue import State
-from tests.core import Core, ForcedDeque
+from tests.core import Companion, Core, ForcedDeque
 from tests.gate import BOUND, AsyncGate, Gate
 
 
@@ -146,21 +146,8 @@ def test_paused_pool_steps_aside_for_a_fork(patient: None) -> None:
 @pytest.mark.parametrize("task", [gc.isenabled, partial(asyncio.sleep, 0)])
 def test_companion_hears_of_a_slot_that_was_idle(task: Any) -> None:
     """The thread beside the drainer is stirred when an idle slot gets a task, and told of the end."""
-
-    class Companion:
-        def __init__(self) -> None:
-            self.heard: list[Any] = []
-
-        def __getattr__(self, name: str) -> Any:
-            return partial(self._hear, name)
-
-        def _hear(self, name: str) -> list[Any]:
-            self.heard.append(name)
-            return []
-
     with Core(conn_max=1) as core:
-        companion: Any = Companion()
-        core.drainer.companion = companion
+        core.drainer.companion = companion = Companion()
         core.spawn("task", task)
         core.drain()
         core.drainer.stop()

@@ -1131,6 +1131,41 @@ def test_task_lost_while_somebody_begins_to_wait_is_not_waited_for(monkeypatch: 
     assert queue.stats().failed == 1
 
 
+def test_task_put_while_lost_ones_are_looked_for_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks for a lost task does not take for it what was spawned, and waited for, just then.
+
+    1. slot: has lost a task, and looks at what is left
+    2. spawner: puts a task
+    3. waiter: begins to wait for it
+    4. slot: looks at what is waited for
+    """
+    queue = TaskQueue("q", 2, 1)
+    waiting = queue.waiting = queue.inbox = ForcedDeque()
+    queue.put(make_task("lost"))
+    waiting.force("after popleft", exit_)
+    with pytest.raises(SystemExit):
+        take(queue)
+    steady = queue._steady
+    late: list[Future[bool]] = []
+
+    def put_and_wait_after(read: Callable[[], Any]) -> Any:
+        result = steady(read)
+        monkeypatch.undo()
+        queue.put(make_task("alive"))
+        late.append(queue.all_ended())
+        return result
+
+    monkeypatch.setattr(queue, "_steady", put_and_wait_after)
+    queue.settle(queue.accounts[0])
+
+    assert not late[0].done()
+    task = take(queue)
+    assert (task.name, task.outcome) == ("alive", None)
+    queue.end(task, Outcome.SUCCEEDED)
+    assert late[0].done()
+    assert (queue.stats().failed, queue.stats().succeeded) == (1, 1)
+
+
 def test_abandoned_landmarks_are_not_kept() -> None:
     """Whoever asks again and again, and gives up each time, fills no memory while a task goes on."""
     queue = TaskQueue("q", 1, 1)
