@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 import shutil
@@ -103,6 +104,14 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have everybody wait for what ends late; a test fails by its own bound if it cannot end."""
     for name in ("drainer.STOP_PATIENCE", "drainer.FORK_PATIENCE", "publisher.STOP_PATIENCE"):
         monkeypatch.setattr(f"bgtasks.{name}", 10 * BOUND)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Collect no garbage: Python swallows an exception from outside that meets a finalizer."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def left_behind(before: set[threading.Thread], bound: float = BOUND) -> list[threading.Thread]:

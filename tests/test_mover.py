@@ -803,6 +803,7 @@ def test_tasks_spawned_before_the_threads_are_there_are_moved() -> None:
 # Exceptions from outside.
 
 
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupted_mover_goes_on(always: bool, when: str) -> None:

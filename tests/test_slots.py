@@ -22,6 +22,8 @@ from bgtasks.slots import Owner, Slot, Slots, current_task
 from tests.core import Core, ForcedDeque, exit_, interrupt, make_task
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 
+pytestmark = pytest.mark.usefixtures("no_collection")
+
 T = TypeVar("T")
 
 
