@@ -6,6 +6,8 @@ burst until its last task has ended. A request belongs to the stretch it was due
 The contenders take turns, so that whatever else the machine does meets them all.
 """
 
+import contextlib
+import http.client
 import http.cookiejar
 import json
 import statistics
@@ -138,8 +140,15 @@ class Visitors:
         return Summary.of((latency, ok) for due, latency, ok in self._samples if start <= due < end)
 
 
+class UnansweredError(Exception):
+    """The site has not answered, or with an error: it starves."""
+
+
 class Client:
-    """The one who asks for bursts: a browser reduced to its cookies."""
+    """The one who asks for bursts: a browser reduced to its cookies.
+
+    Every method raises UnansweredError if the site does not answer in 30 s, or with an error.
+    """
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -151,8 +160,11 @@ class Client:
         body = None if data is None else urllib.parse.urlencode(data).encode()
         token = next((cookie.value or "" for cookie in self._cookies if cookie.name == "csrftoken"), "")
         request = urllib.request.Request(self._address + path, body, {"X-CSRFToken": token})
-        with self._opener.open(request, timeout=30) as response:
-            answer: bytes = response.read()
+        try:
+            with self._opener.open(request, timeout=30) as response:
+                answer: bytes = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise UnansweredError(f"the site did not answer /{path}: {error}") from error
         return answer
 
     def start_burst(self, how: Member.How, count: int) -> uuid.UUID:
@@ -223,7 +235,8 @@ class Comparison:
         nobody, start = uuid.uuid4(), time.time()
         while (left := start + seconds - time.time()) > 0:
             self._tick(text, min(0.5, left))
-            client.ended(nobody)
+            with contextlib.suppress(UnansweredError):
+                client.ended(nobody)
         return start, time.time()
 
     def _warm_up(self, text: str, how: Member.How, client: Client) -> None:
@@ -236,7 +249,7 @@ class Comparison:
         asked, start = self.plan.burst, time.time()
         key = client.start_burst(how, asked)
         ended = self._wait(text, client, key, start + self.plan.expected(how) + PATIENCE)
-        account = client.burst(key)
+        account = self._account(text, client, key)
         line.tasks += asked
         line.dropped += account["refused"]
         line.lost += asked - account["rows"]
@@ -247,8 +260,20 @@ class Comparison:
         ended: float | None = None
         while ended is None and time.time() < deadline:
             self._tick(text, 0.5)
-            ended = client.ended(key)
+            with contextlib.suppress(UnansweredError):  # that is what is measured, by others
+                ended = client.ended(key)
         return ended
+
+    def _account(self, text: str, client: Client, key: uuid.UUID) -> dict[str, Any]:
+        """Return a burst's account, once a site that starved has a connection for it again."""
+        deadline = time.time() + PATIENCE
+        while True:
+            try:
+                return client.burst(key)
+            except UnansweredError:
+                if time.time() > deadline:
+                    raise
+                self._tick(text, 0.5)
 
     def _tick(self, text: str, seconds: float) -> None:
         """Wait, and say so."""
@@ -267,6 +292,7 @@ class Verdict:
     BGTASKS_AT_MOST: ClassVar[float] = 1.3
     THREADS_AT_LEAST: ClassVar[float] = 20.0
     STEADY: ClassVar[float] = 2.0  # the idle p99 of two rounds may differ by this factor
+    AT_ONCE: ClassVar[float] = 1.0  # visits in the site without a burst: with more they wait for each other
 
     @property
     def kept(self) -> bool:
@@ -303,5 +329,13 @@ class Verdict:
             note = (
                 f"without a burst the p99 was {calm:.1f} ms in one round and {restless:.1f} ms in another: "
                 "this machine is busy with something else, so try again, or with more --rounds"
+            )
+        rate = comparison.plan.scenario.rate
+        at_once = rate * comparison.idle.p50 / 1000  # Little's law
+        if at_once > cls.AT_ONCE or comparison.idle.failed:
+            note = (
+                f"without a burst {at_once:.1f} of the {rate:g} visits a second were in the site at once, "
+                f"and {comparison.idle.failed} failed: that is too many for this machine, "
+                f"so try --rate {rate / 2:g}"
             )
         return cls(ratios, broken, note)

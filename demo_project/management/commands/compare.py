@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings
-from django.core.management.base import BaseCommand
+from django.core.management.base import BaseCommand, CommandError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from demo_project import processes
-from demo_project.comparison import Comparison, Measured, Plan, Verdict
+from demo_project.comparison import Comparison, Measured, Plan, UnansweredError, Verdict
 
 
 class Command(BaseCommand):
@@ -86,6 +86,12 @@ class Command(BaseCommand):
         except processes.Stopped:
             console.print("stopped: no figures")
             sys.exit(130)
+        except UnansweredError as error:
+            log = data_dir / "compare.log"
+            raise CommandError(
+                f"{error}. If this machine is too slow for {plan.scenario.rate:g} visits a second, try "
+                f"--rate {plan.scenario.rate / 2:g}; what the site printed is in {log}"
+            ) from error
         verdict = Verdict.of(comparison)
         if options["json"]:
             print(json.dumps(self._as_json(plan, database, comparison, verdict), indent=2))
