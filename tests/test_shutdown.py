@@ -88,6 +88,7 @@ def script_exception() -> None:
 
 
 def script_keyboard_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     hold_slots()
     spawn_rows()
     signal.raise_signal(signal.SIGINT)
