@@ -560,8 +560,8 @@ class Slots:
                     self._wake_token.append(None)
                     continue
                 slot.woken = True
-                # Its thread, even for an asynchronous task: see poll. The loop may be blocked, and would keep
-                # the token.
+                # Its thread, even for an asynchronous task that poll has left: the loop may be blocked, and
+                # would keep the token.
                 slot.call(slot.wake)
             except BaseException:
                 # A signal handler has raised, just after one of these calls.

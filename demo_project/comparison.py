@@ -330,12 +330,12 @@ class Verdict:
                 f"without a burst the p99 was {calm:.1f} ms in one round and {restless:.1f} ms in another: "
                 "this machine is busy with something else, so try again, or with more --rounds"
             )
-        rate = comparison.plan.scenario.rate
-        at_once = rate * comparison.idle.p50 / 1000  # Little's law
+        scenario = comparison.plan.scenario
+        at_once = scenario.rate * comparison.idle.p50 / 1000  # Little's law
         if at_once > cls.AT_ONCE or comparison.idle.failed:
             note = (
-                f"without a burst {at_once:.1f} of the {rate:g} visits a second were in the site at once, "
-                f"and {comparison.idle.failed} failed: that is too many for this machine, "
-                f"so try --rate {rate / 2:g}"
+                f"without a burst {at_once:.1f} of the {scenario.rate:g} visits a second were in the site "
+                f"at once, and {comparison.idle.failed} failed: that is too many for this machine, "
+                f"so try {scenario.calmer}"
             )
         return cls(ratios, broken, note)

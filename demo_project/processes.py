@@ -93,6 +93,11 @@ class Scenario:
         default=3.0, metadata={"help": "seconds anybody waits for a database connection"}
     )
 
+    @property
+    def calmer(self) -> str:
+        """The option to try where the machine is too slow for so many requests."""
+        return f"--rate {self.rate / 2:g}"
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Scenario":
         """Return the scenario of a command's options."""

@@ -190,7 +190,7 @@ def test_probe_needs_its_token(tmp_path: Path, browser: Any) -> None:
 
 
 SITE_THAT_STARVES = """
-import django, http.server, json, threading, uuid
+import django, http.server, json, threading, time, uuid
 django.setup()
 from demo_project import comparison, processes
 from demo_project.comparison import Client, Comparison, Plan, UnansweredError
@@ -207,14 +207,15 @@ class Site(http.server.BaseHTTPRequestHandler):
         pass
 
 with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site) as server, processes.Stop() as stop:
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     plan = Plan(processes.Scenario(), burst=1, rounds=1, idle=0.1, warm_up=0)
     ticks = []
     run = Comparison(plan, stop, lambda text, seconds: ticks.append(text))
     client = Client(f"http://127.0.0.1:{server.server_port}/")
     print(run._account("round 1", client, uuid.uuid4()), ticks)
     run._pass("idle", 0.1, client)
-    print(run._wait("round 1", client, uuid.uuid4(), 0))
+    ticks.clear()
+    print(run._wait("round 1", client, uuid.uuid4(), time.time() + 0.1), ticks)
     comparison.PATIENCE = 0
     try:
         run._account("round 1", client, key := uuid.uuid4())
@@ -230,9 +231,36 @@ def test_compare_goes_on_where_the_site_starves() -> None:
 
     assert result.stdout.splitlines() == [
         "{'rows': 7} ['round 1', 'round 1']",
-        "None",
+        "None ['round 1']",
         "the site did not answer /bursts/KEY/: HTTP Error 500: Internal Server Error",
     ], result.stderr
+
+
+SITE_THAT_IS_DEAD = """
+import django, sys
+django.setup()
+from django.core.management import CommandError, call_command
+from demo_project.comparison import Comparison, UnansweredError
+
+def run(self, *args):
+    raise UnansweredError("the site did not answer /: timed out")
+
+Comparison.run = run
+try:
+    call_command("compare", "--sqlite", "--rate=50", f"--data-dir={sys.argv[1]}")
+except CommandError as error:
+    print(str(error).replace(sys.argv[1], "DIR"))
+"""
+
+
+def test_compare_says_what_to_try_if_the_site_never_answers(tmp_path: Path) -> None:
+    """Without figures there is a sentence in place of a traceback."""
+    result = run_python(SITE_THAT_IS_DEAD, str(tmp_path), env=ENV)
+
+    assert result.stdout == (
+        "the site did not answer /: timed out. If this machine is too slow for 50 visits a second, try "
+        "--rate 25; what the site printed is in DIR/compare.log\n"
+    ), result.stderr
 
 
 VERDICTS = """

@@ -90,7 +90,7 @@ class Command(BaseCommand):
             log = data_dir / "compare.log"
             raise CommandError(
                 f"{error}. If this machine is too slow for {plan.scenario.rate:g} visits a second, try "
-                f"--rate {plan.scenario.rate / 2:g}; what the site printed is in {log}"
+                f"{plan.scenario.calmer}; what the site printed is in {log}"
             ) from error
         verdict = Verdict.of(comparison)
         if options["json"]:
