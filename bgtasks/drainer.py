@@ -20,16 +20,17 @@ import threading
 import traceback
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextvars import Context
 from functools import partial
-from time import monotonic, sleep
+from time import monotonic, process_time, sleep, thread_time
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 from asgiref.sync import sync_to_async
 
 from bgtasks.log import indented, log, log_end
+from bgtasks.pace import CAN_MEASURE, PERIOD, Pace, processor_time
 from bgtasks.queue import Outcome, Task
 from bgtasks.slots import Owner, Seat, Slot, Slots, current, current_task
 
@@ -39,6 +40,9 @@ T = TypeVar("T")
 FORK_PATIENCE = 1.0  # seconds a fork waits for slots that have just ended their last task
 STOP_PATIENCE = 0.4  # seconds for cancelled tasks to give in, for slots to end, and for the loop to end
 BURST = 64  # asynchronous tasks that may end without ever waiting before their slot lets the loop go on
+
+QUIET = 60.0  # seconds between two records that say so:
+SLOWED_DOWN = "tasks compute while other threads wait for the GIL: a plain function is started every %.1f ms"
 
 # Most of what a task costs that never waits is the trip through the loop. An eager start (3.12) saves it.
 EAGER = sys.version_info >= (3, 12)
@@ -93,6 +97,9 @@ class Drainer:
         self._loop: asyncio.AbstractEventLoop | None = None  # written under _lock, read without it
         self._thread: threading.Thread | None = None  # under _lock
         self._watching = False  # a look at overrunning tasks is due; set by slots, cleared by the loop
+        self._pace = Pace()
+        self._pacing = False  # a look at the pace is due; set by slots, cleared by the loop
+        self._quiet_until = 0.0  # monotonic seconds, from when on it is said again that slots are slowed down
 
     # Life.
 
@@ -183,7 +190,8 @@ class Drainer:
         loop = self._new_loop()
         thread = threading.Thread(target=self._main, args=(loop,), name="bgtasks-drainer", daemon=True)
         self._loop, self._thread = loop, thread
-        self._watching = False
+        self._watching = self._pacing = False
+        self._pace.free()
         try:
             thread.start()
         except BaseException:
@@ -417,6 +425,14 @@ class Drainer:
         if self.companion is not None:
             self.companion.stir()
 
+    def keep_pace(self, waiting: Collection[Task]) -> None:
+        """Wait until a slot that has ended a plain function may take the next of the `waiting` ones."""
+        if self._pace.interval:
+            self._pace.wait(waiting)
+        elif CAN_MEASURE and not self._pacing:
+            self._pacing = True
+            self._call_soon(self._look_at_pace, monotonic())
+
     def call_later(self, delay: float, callback: Callable[[], object]) -> None:
         """Call `callback` on the loop in `delay` seconds, unless the drainer stops before."""
         loop = self._loop
@@ -468,7 +484,9 @@ class Drainer:
         for group in groups:
             group.polled = False  # the dead one will not look
             group.wake()
-        # The timer that looked at plain functions has died as well.
+        # The timers that looked at plain functions and at the pace have died as well.
+        self._pace.free()
+        self._pacing = False
         self._watching = True
         loop.call_soon(self._watch, context=Context())
         for slot in [slot for group in groups for slot in group.all]:
@@ -578,6 +596,28 @@ class Drainer:
         # A slot that began a task *just* after we looked has found the flag set, so we have to look again.
         if self._timed_functions():
             self.watch()
+
+    def _look_at_pace(self, due: float) -> None:
+        """Look whether slots hold up others, while they have tasks. It was `due` at that monotonic second."""
+        now = monotonic()
+        groups = list(self._groups)
+        slots = [slot for group in groups for slot in list(group.all)]
+        again = sum(len(group.idle) + len(group._held) for group in groups) < len(slots)
+        if not again or any(group.deadline is not None for group in groups):
+            self._pace.free()  # nobody runs, or a shutdown waits for them
+        else:
+            used = sum(processor_time(slot.thread.native_id) for slot in slots)
+            others = process_time() - thread_time() - used
+            ended = sum(sum(slot.account.ended) for slot in slots)
+            again = self._pace.look(now, late=now - due, slots=used, others=others, ended=ended)
+        if self._pace.held and now >= self._quiet_until:
+            self._quiet_until = now + QUIET
+            log(logging.INFO, SLOWED_DOWN, self._pace.interval * 1000)
+        if again:
+            due = monotonic() + PERIOD
+            asyncio.get_running_loop().call_later(PERIOD, self._look_at_pace, due, context=Context())
+        else:
+            self._pacing = False  # the next slot that goes from one task to another sets it again
 
     def _timed_functions(self) -> list[tuple[Slot, Task, float]]:
         """Return the plain functions under a TASK_TIMEOUT, and when it is over (monotonic seconds)."""

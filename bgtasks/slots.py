@@ -27,7 +27,7 @@ import logging
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Executor, Future, InvalidStateError
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
@@ -111,6 +111,10 @@ class Launcher(Protocol):
 
     def stir(self) -> None:
         """Hear that a slot was idle and is no longer."""
+        ...
+
+    def keep_pace(self, waiting: Collection[Task]) -> None:
+        """Wait until a slot that has ended a plain function may take the next of the `waiting` ones."""
         ...
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> None:
@@ -336,7 +340,11 @@ class Slot(Executor):
             while task is not None:
                 proceed = self._run(task)
                 task = None  # before the next one is looked for, so that nothing keeps the ended one alive
-                task = self.group.next_for(self) if proceed else None
+                if proceed:
+                    waiting = self.group.queue.waiting
+                    if waiting:
+                        self.group.launcher.keep_pace(waiting)
+                    task = self.group.next_for(self)
 
     def _recover(self, error: BaseException) -> None:
         """Account for the task that was interrupted, and go on if this thread owns the slot."""
