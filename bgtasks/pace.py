@@ -8,15 +8,16 @@ would not help. What helps is that slots do nothing for a moment between two tas
 While slots go from task to task, the drainer looks every PERIOD how late its loop gets the GIL, and which
 threads have used the processor. If it is late, and the slots have used more than SHARE of a processor, they
 start their tasks at such intervals that they use SHARE. If nobody takes what they leave, as in a process that
-only works off its queue, they go on as fast as they can. So they do if the GIL is free all the same, as it is
-beside tasks that compute without it.
+only works off its queue, they go on as fast as they can. So they do if the loop is not late, as beside tasks
+that compute without the GIL while there are processors for all.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Collection
-from time import clock_gettime, monotonic, sleep
+from time import monotonic, sleep
 
 CAN_MEASURE = sys.platform == "linux"  # the clock of another thread; elsewhere nobody is slowed down
 PERIOD = 0.02  # seconds between two looks
@@ -46,7 +47,7 @@ def processor_time(thread: int | None) -> float:
     try:
         # How Linux makes a clock of an id: man 2 clock_getres. Python's pthread_getcpuclockid takes the other
         # kind of id, and crashes if there is no such thread.
-        return clock_gettime(~thread << 3 | 6)
+        return time.clock_gettime(~thread << 3 | 6)
     except OSError:
         return 0.0
 
