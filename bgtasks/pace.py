@@ -24,10 +24,11 @@ PERIOD = 0.02  # seconds between two looks
 LOOK_FOR = 1.0  # seconds, at least
 COMPUTING = 0.02  # processor seconds in the last moments; with less, slots are looked at no longer than that
 
-LATE = 0.002  # seconds that the loop waits for the GIL, on average; with more, others are kept waiting
+LATE = 0.001  # seconds that the loop waits for the GIL, on average; with more, others are kept waiting
 SMALL = 0.0001  # processor seconds; a full queue of tasks smaller than that is worked off in a moment
 SHARE = 1 / 3  # of a processor, which slots get at least if they need it
 WANTED = 0.02  # of a processor; if others use less of it, they do not need what the slots leave
+FASTER, SLOWER = 0.1, 2.5  # a second, as parts of what they use: while nobody waits, and while others do
 TRIAL = 0.15  # seconds that slots leave something, before that is decided
 RETRY = 1.0  # seconds before they do so again
 INTERVAL_MAX = 1.0  # seconds
@@ -107,12 +108,12 @@ class Pace:
         self._used = self._used * fade + used
         self._ended = self._ended * fade + max(0, ended - before[3])
         each = self._used / max(1.0, self._ended)
-        self._share = self._next_share(now, used / elapsed, each)
+        self._share = self._next_share(now, elapsed, used / elapsed, each)
         self.held = self._share > 0 and now - self._since > TRIAL
         self.interval = min(each / self._share, INTERVAL_MAX) if self._share else 0.0
         return self.interval > 0 or self._used >= COMPUTING or now - self._began < LOOK_FOR
 
-    def _next_share(self, now: float, used: float, each: float) -> float:
+    def _next_share(self, now: float, elapsed: float, used: float, each: float) -> float:
         if not self._share:
             if self._late > LATE and used > SHARE and each > SMALL and now >= self._retry:
                 self._since, self._others = now, WANTED
@@ -121,5 +122,6 @@ class Pace:
         if self._others < WANTED and now - self._since > TRIAL:
             self._retry = now + RETRY
             return 0.0
-        share = self._share * (0.95 if self._late > LATE else 1.01)
+        change = -SLOWER if self._late > LATE else FASTER
+        share = self._share * (1 + change * elapsed)
         return max(SHARE, share) if share <= 1 else 0.0

@@ -152,9 +152,9 @@ def test_slots_get_faster_as_long_as_nobody_waits() -> None:
     process = Process()
     process.starve()
 
-    intervals = list(process.run(5, late=0.0, slots=SHARE, others=0.1))
+    intervals = list(process.run(15, late=0.0, slots=SHARE, others=0.1))
 
-    assert intervals[10] > intervals[50] > 0.002
+    assert intervals[10] > intervals[100] > intervals[500] > 0.002
     assert intervals[-1] == 0.0
 
 
