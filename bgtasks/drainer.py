@@ -599,25 +599,34 @@ class Drainer:
 
     def _look_at_pace(self, due: float) -> None:
         """Look whether slots hold up others, while they have tasks. It was `due` at that monotonic second."""
+        again = False
+        try:
+            if self._set_pace(due):
+                next_due = monotonic() + PERIOD
+                asyncio.get_running_loop().call_later(PERIOD, self._look_at_pace, next_due, context=Context())
+                again = True
+        finally:
+            if not again:
+                self._pace.free()  # even if an exception from outside has come: nobody would ever do it
+                self._pacing = False  # the next slot that goes from one task to another sets it again
+
+    def _set_pace(self, due: float) -> bool:
         now = monotonic()
         groups = list(self._groups)
         slots = [slot for group in groups for slot in list(group.all)]
-        again = sum(len(group.idle) + len(group._held) for group in groups) < len(slots)
-        if not again or any(group.deadline is not None for group in groups):
-            self._pace.free()  # nobody runs, or a shutdown waits for them
-        else:
-            used = sum(processor_time(slot.thread.native_id) for slot in slots)
-            others = process_time() - thread_time() - used
-            ended = sum(sum(slot.account.ended) for slot in slots)
-            again = self._pace.look(now, late=now - due, slots=used, others=others, ended=ended)
+        if sum(len(group.idle) + len(group._held) for group in groups) >= len(slots):
+            return False
+        if any(group.deadline is not None for group in groups):
+            self._pace.free()  # a shutdown waits for them
+            return True
+        used = sum(processor_time(slot.thread.native_id) for slot in slots)
+        others = process_time() - thread_time() - used
+        ended = sum(sum(slot.account.ended) for slot in slots)
+        again = self._pace.look(now, late=now - due, slots=used, others=others, ended=ended)
         if self._pace.held and now >= self._quiet_until:
             self._quiet_until = now + QUIET
             log(logging.INFO, SLOWED_DOWN, self._pace.interval * 1000)
-        if again:
-            due = monotonic() + PERIOD
-            asyncio.get_running_loop().call_later(PERIOD, self._look_at_pace, due, context=Context())
-        else:
-            self._pacing = False  # the next slot that goes from one task to another sets it again
+        return again
 
     def _timed_functions(self) -> list[tuple[Slot, Task, float]]:
         """Return the plain functions under a TASK_TIMEOUT, and when it is over (monotonic seconds)."""

@@ -214,7 +214,7 @@ def test_starts_keep_their_distance() -> None:
 def test_short_waits_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that is shorter than a change of threads takes is not made, but not forgotten either."""
     sleeps: list[float] = []
-    monkeypatch.setattr(bgtasks.pace, "sleep", lambda seconds: (sleeps.append(seconds), time.sleep(seconds)))
+    monkeypatch.setattr("bgtasks.pace.sleep", lambda seconds: (sleeps.append(seconds), time.sleep(seconds)))
     pace = Pace()
     pace.interval = 0.0002
 
@@ -386,6 +386,23 @@ def test_processor_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.2 <= last["slots"] - first["slots"] < BOUND
     assert last["others"] - first["others"] < 0.1
     assert 50 < last["ended"] - first["ended"] <= 300
+
+
+@pytest.mark.usefixtures("strict")
+def test_look_that_is_interrupted_slows_nobody_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception from outside may hit the loop there, and nobody would look again."""
+    with Core(conn_max=2) as core:
+        spawn_until(core, compute, lambda: core.drainer._pace.interval > 1)
+
+        def interrupted(*args: Any, **kwargs: Any) -> bool:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(core.drainer._pace, "look", interrupted)
+        core.drain()
+
+        assert core.logs.wait("the drainer's loop was interrupted; it goes on")
+        assert core.stats().failed == 0
 
 
 def test_single_tasks_are_not_looked_at() -> None:
