@@ -25,7 +25,7 @@ LOOK_FOR = 1.0  # seconds, at least
 COMPUTING = 0.02  # processor seconds in the last moments; with less, slots are looked at no longer than that
 
 LATE = 0.001  # seconds that the loop waits for the GIL, on average; with more, others are kept waiting
-SMALL = 0.0001  # processor seconds; a full queue of tasks smaller than that is worked off in a moment
+SMALL = 0.0005  # processor seconds; 1024 tasks smaller than that are worked off in half a second
 SHARE = 1 / 3  # of a processor, which slots get at least if they need it
 WANTED = 0.02  # of a processor; if others use less of it, they do not need what the slots leave
 FASTER, SLOWER = 0.1, 2.5  # a second, as parts of what they use: while nobody waits, and while others do
