@@ -63,6 +63,10 @@ class Companion(Protocol):
         """Let the thread end soon, and return it for joining if it is there."""
         ...
 
+    def threads(self) -> list[threading.Thread]:
+        """Return the thread, if it is there."""
+        ...
+
     def forget(self) -> None:
         """Know of no thread: this is a forked child."""
         ...
@@ -614,13 +618,15 @@ class Drainer:
         now = monotonic()
         groups = list(self._groups)
         slots = [slot for group in groups for slot in list(group.all)]
-        if sum(len(group.idle) + len(group._held) for group in groups) >= len(slots):
+        if all(slot.owner is Owner.NOBODY for slot in slots):
             return False
         if any(group.deadline is not None for group in groups):
             self._pace.free()  # a shutdown waits for them
             return True
-        used = sum(processor_time(slot.thread.native_id) for slot in slots)
+        used = _processor_time(thread for group in groups for thread in group.threads())
         others = process_time() - thread_time() - used
+        if self.companion is not None:
+            others -= _processor_time(self.companion.threads())
         ended = sum(sum(slot.account.ended) for slot in slots)
         again = self._pace.look(now, late=now - due, slots=used, others=others, ended=ended)
         if self._pace.held and now >= self._quiet_until:
@@ -744,6 +750,10 @@ def _close(loop: asyncio.AbstractEventLoop) -> None:
         log(logging.ERROR, "the drainer's loop could not be emptied", error=error)
     finally:
         loop.close()
+
+
+def _processor_time(threads: Iterable[threading.Thread]) -> float:
+    return sum(processor_time(thread.native_id) for thread in threads)
 
 
 def _join(threads: Iterable[threading.Thread], patience: float) -> None:

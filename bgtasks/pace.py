@@ -91,8 +91,8 @@ class Pace:
         Args:
             now: Monotonic seconds.
             late: Seconds that this look comes late.
-            slots: Processor seconds that the slots' threads have used so far.
-            others: Those that all other threads have used, but the drainer's.
+            slots: Processor seconds that the threads of all pools have used so far.
+            others: Those that all other threads have used, but the drainer's and its companion's.
             ended: Tasks that have ended so far.
         """
         before, self._before = self._before, (now, slots, others, ended)

@@ -99,8 +99,13 @@ class Publisher:
 
     def halt(self) -> list[threading.Thread]:
         """Let the thread end soon, and return it for joining if it is there."""
-        thread = self._thread
+        threads = self.threads()
         self._stop.set()
+        return threads
+
+    def threads(self) -> list[threading.Thread]:
+        """Return the thread, if it is there."""
+        thread = self._thread
         return [] if thread is None else [thread]
 
     def before_fork(self) -> None:

@@ -77,8 +77,9 @@ class Logs(logging.Handler):
 class Companion:
     """A thread beside the drainer that only notes what it hears."""
 
-    def __init__(self, *, broken: bool = False) -> None:
+    def __init__(self, *threads: threading.Thread, broken: bool = False) -> None:
         self.heard: list[str] = []
+        self._threads = threads
         self._broken = broken
 
     def stir(self) -> None:
@@ -89,6 +90,9 @@ class Companion:
     def halt(self) -> list[threading.Thread]:
         self.heard.append("halt")
         return []
+
+    def threads(self) -> list[threading.Thread]:
+        return [*self._threads]
 
     def forget(self) -> None:
         self.heard.append("forget")

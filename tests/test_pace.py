@@ -25,7 +25,7 @@ from bgtasks.pace import (
     Pace,
     processor_time,
 )
-from tests.core import Core
+from tests.core import Companion, Core
 from tests.gate import BOUND, Gate, wait_until
 from tests.test_drainer import Breaker
 
@@ -367,9 +367,12 @@ def test_nobody_looks_at_an_idle_pool(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processor_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That of the slots, that of the drainer, which is nobody's, and that of all others."""
+    """That of the slots, that of the drainer and its companion, which is nobody's, and that of all others."""
     readings: list[dict[str, Any]] = []
+    end = threading.Event()
+    companion = threading.Thread(target=lambda: (compute(0.2), end.wait(BOUND)))
     with Core(conn_max=2) as core:
+        core.drainer.companion = Companion(companion)
 
         def look(now: float, **reading: Any) -> bool:
             readings.append(reading)
@@ -380,7 +383,11 @@ def test_processor_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
             core.spawn("computes", compute)
         wait_until(lambda: readings)
         core.drainer._call_soon(compute, 0.2)
+        companion.start()
         core.drain()
+        wait_until(lambda: processor_time(companion.native_id) >= 0.2)
+    end.set()
+    companion.join()
 
     first, last = readings[0], readings[-1]
     assert 0.2 <= last["slots"] - first["slots"] < BOUND
@@ -405,14 +412,17 @@ def test_look_that_is_interrupted_slows_nobody_down(monkeypatch: pytest.MonkeyPa
         assert core.stats().failed == 0
 
 
-def test_single_tasks_are_not_looked_at() -> None:
+def test_single_tasks_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that finds an idle pool, and no other behind it, does not wake the loop."""
+    kept: list[object] = []
     with Core(conn_max=1) as core:
+        monkeypatch.setattr(core.drainer, "keep_pace", kept.append)
         for _ in range(10):
             core.spawn("single", compute)
             core.drain()
             wait_until(lambda: len(core.slots.idle) == 1)
 
+        assert not kept
         assert not core.drainer._pacing
         assert core.drainer._pace._before is None
 
