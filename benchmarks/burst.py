@@ -23,6 +23,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.measure import QUICK, Result, percentile, say, set_up
+from benchmarks.visitors import REQUEST_TIMEOUT, Visitors
+from demo_project import processes
 
 IDLE = 1.0 if QUICK else 8.0  # seconds
 LIMIT = 60.0  # seconds after which tasks that have not ended are lost
@@ -93,8 +95,6 @@ def get(url: str) -> dict[str, int]:
 @contextmanager
 def server(name: str, environment: dict[str, str], log: Path) -> Iterator[str]:
     """Run the site on a server, and provide its address once it answers."""
-    from demo_project import processes
-
     port = processes.free_port(0)
     command = [sys.executable, *(part.format(port=port) for part in SERVERS[name])]
     address = f"http://127.0.0.1:{port}"
@@ -120,12 +120,9 @@ def server(name: str, environment: dict[str, str], log: Path) -> Iterator[str]:
 
 def measure(scenario: Scenario, means: str, environment: dict[str, str], log: Path) -> Run:
     """Measure one way on a fresh server."""
-    from demo_project import processes
-    from demo_project.comparison import Visitors
-
     run = Run()
     with server(scenario.server, environment, log) as address:
-        with processes.probe(f"{address}/page/", RATE, environment, timeout=10) as process:
+        with processes.probe(f"{address}/page/", RATE, environment, timeout=REQUEST_TIMEOUT) as process:
             visitors = Visitors(process)
             get(f"{address}/burst/{means}/{scenario.kind}/16/")  # warm
             wait(address, 16)
@@ -140,7 +137,7 @@ def measure(scenario: Scenario, means: str, environment: dict[str, str], log: Pa
             visitors.catch_up(ended)
             visitors.leave()
     run.seconds = ended - started
-    for due, latency, ok in visitors._samples:
+    for due, latency, ok in visitors.samples:
         if idle <= due < started:
             run.idle.append(latency)
         elif started <= due < ended:
@@ -170,8 +167,6 @@ def main(question: str, scenarios: Sequence[Scenario]) -> None:
     rounds = parser.parse_args().rounds
     if QUICK:
         scenarios, rounds = [Scenario(each.server, each.kind, 16, each.means[:1]) for each in scenarios], 1
-    from demo_project import processes
-
     result = Result(
         question,
         [
@@ -187,7 +182,7 @@ def main(question: str, scenarios: Sequence[Scenario]) -> None:
     )
     with ExitStack() as stack:
         data = Path(stack.enter_context(TemporaryDirectory(prefix="bgtasks-")))
-        database = stack.enter_context(processes.database(data, sqlite=False, keep=False))
+        database = stack.enter_context(processes.database(data, sqlite=False))
         environment = processes.Scenario().variables(database, 0, data)
         processes.migrate(environment)
         environment["DJANGO_SETTINGS_MODULE"] = "benchmarks.settings"

