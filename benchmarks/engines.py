@@ -46,7 +46,7 @@ import time
 import django
 django.setup()
 import bgtasks
-from bgtasks import mover
+from bgtasks.handoff import mover
 from tests.shop import tasks
 mover.STALL = 600  # a machine that pauses is no engine that hangs
 bgtasks.spawn("warm", tasks.count, "warm")

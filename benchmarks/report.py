@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.measure import RESULTS, Result, Target
 
 HERE = Path(__file__).parent
-SCRIPTS = ("burst", "compute", "call", "throughput", "stages", "latency", "memory", "startup")
+SCRIPTS = ("burst", "compute", "call", "throughput", "latency", "memory", "startup")
 PLOTS = {"burst": "Latency of requests through a burst", "call": "What a call costs its caller"}
 PLOTTED = {
     "bgtasks": ("bgtasks, 8 slots", "#0b6e4f"),

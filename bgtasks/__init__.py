@@ -5,8 +5,8 @@ process's drainer runs the queued tasks, at most CONN_MAX at a time; a task that
 dropped, and a warning names it.
 """
 
+from bgtasks.core.figures import PoolStats
 from bgtasks.pools import pools
-from bgtasks.queue import PoolStats
 
 spawn = pools.default.spawn
 spawn_on_commit = pools.default.spawn_on_commit

@@ -82,23 +82,23 @@ class BackgroundTasksAdmin(_ModelAdmin):
     def data_view(self, request: HttpRequest) -> HttpResponseBase:
         """Answer with what all processes do."""
         self._require(self.has_view_permission(request))
-        from bgtasks.overview import overview  # only who looks at the page pays for importing it
+        from bgtasks.monitoring.overview import overview  # only who looks at the page pays for importing it
 
-        return JsonResponse(overview())
+        return JsonResponse(overview(pools))
 
     def pause_view(self, request: HttpRequest) -> HttpResponseBase:
         """Pause or resume a pool, and write that into the log of the admin."""
         self._require(self.has_view_permission(request) and self.has_pause_permission(request))
         if request.method != "POST":
             return HttpResponseNotAllowed(["POST"])
-        from bgtasks.overview import overview, set_paused
+        from bgtasks.monitoring.overview import overview, set_paused
 
         pool, paused = request.POST.get("pool", ""), request.POST.get("paused") == "true"
-        known = {each["name"] for each in overview()["pools"]}
+        known = {each["name"] for each in overview(pools)["pools"]}
         if pool not in known:
             return JsonResponse({"error": f"no pool named {pool!r}"}, status=404)
         try:
-            set_paused(pool, paused, by=request.user.get_username())
+            set_paused(pools, pool, paused, by=request.user.get_username())
         except LookupError as error:
             return JsonResponse({"error": str(error)}, status=409)
         self.log_change(request, BackgroundTasks(name=pool), "Paused." if paused else "Resumed.")

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from bgtasks.pools import lifespan as state
 from bgtasks.pools import pools
+from bgtasks.process import lifespan as state
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

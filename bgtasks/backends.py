@@ -15,27 +15,24 @@ import contextlib
 import inspect
 import logging
 import os
-import weakref
-from collections import deque
 from contextvars import copy_context
-from dataclasses import fields
 from traceback import format_exception
-from typing import Any, ClassVar, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
 import django
 from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.core import checks
-from django.utils import timezone
 
 from bgtasks import conf
+from bgtasks.core.figures import Outcome
+from bgtasks.core.log import log
+from bgtasks.core.places import State
+from bgtasks.core.task import Task as QueuedTask
+from bgtasks.core.task import current_task
 from bgtasks.exceptions import TaskDropped
-from bgtasks.log import log
+from bgtasks.hooks import Recorded, capture
 from bgtasks.pools import Pool, pools
-from bgtasks.queue import Outcome, Recorded, State
-from bgtasks.queue import Task as QueuedTask
-from bgtasks.shell import capture
-from bgtasks.slots import current_task
 
 if django.VERSION < (6, 0):
     raise ImportError(
@@ -46,22 +43,16 @@ if django.VERSION < (6, 0):
 from django.dispatch import Signal
 from django.tasks import task_backends
 from django.tasks.backends.base import BaseTaskBackend
-from django.tasks.base import TASK_REFRESH_ATTRS, Task, TaskContext, TaskError, TaskResult, TaskResultStatus
-from django.tasks.exceptions import TaskResultDoesNotExist
+from django.tasks.base import Task, TaskContext, TaskError, TaskResult, TaskResultStatus
 from django.tasks.signals import task_enqueued, task_finished, task_started
 from django.utils.json import normalize_json
 
+from bgtasks.results import AnyResult, AnyTask, Record, Sent, new_result, refresh, results_of, snapshot
+
 P = ParamSpec("P")
 R = TypeVar("R")
-AnyTask: TypeAlias = "Task[..., Any]"  # generic to type checkers only
-AnyResult: TypeAlias = "TaskResult[..., Any]"
-
-Sent: TypeAlias = tuple[str, str]  # the alias of the engine, and the id of its result
 
 DEFAULT_RESULTS = 1000  # finished results kept for get_result
-IDS = 256  # made at a time
-
-_set = object.__setattr__  # results are frozen for everybody but their backend
 
 
 class PoolBackend(BaseTaskBackend):
@@ -82,8 +73,7 @@ class PoolBackend(BaseTaskBackend):
 
     def __init__(self, alias: str, params: dict[str, Any]) -> None:
         super().__init__(alias, params)
-        # Django makes a backend for each thread. What they have in common is kept beside them.
-        self._results = _results.setdefault(alias, Results())
+        self._results = results_of(alias)
 
     def enqueue(self, task: Task[P, R], args: Any, kwargs: Any) -> TaskResult[P, R]:
         """Have a slot run `task`, and return at once.
@@ -111,18 +101,16 @@ class PoolBackend(BaseTaskBackend):
         """
         result, sent = self._results.get(result_id)
         if sent is not None:
-            alias, engine_id = sent
             with contextlib.suppress(NotImplementedError):
-                _refresh(result, task_backends[alias].get_result(engine_id))
+                refresh(result, task_backends[sent.alias].get_result(sent.result_id))
         return result
 
     async def aget_result(self, result_id: str) -> AnyResult:
         """Do as ``get_result`` does."""
         result, sent = self._results.get(result_id)
         if sent is not None:
-            alias, engine_id = sent
             with contextlib.suppress(NotImplementedError):
-                _refresh(result, await task_backends[alias].aget_result(engine_id))
+                refresh(result, await task_backends[sent.alias].aget_result(sent.result_id))
         return result
 
     def check(self, **_kwargs: Any) -> list[checks.CheckMessage]:
@@ -179,8 +167,8 @@ class PoolBackend(BaseTaskBackend):
     def _new_job(self, task: AnyTask, args: Any, kwargs: Any) -> Job:
         self.validate_task(task)
         pool = self._pool_for(task.queue_name)
-        result = new_result(task, self.alias, args, kwargs)
-        return Job(result, pool, type(self), self._results, self._kept())
+        record = self._results.add(new_result(task, self.alias, args, kwargs), self._kept())
+        return Job(record, pool, type(self))
 
     def _submit(self, job: Job) -> AnyResult:
         """Give `job` to its pool, and return a copy of its result as it is now."""
@@ -194,31 +182,24 @@ class PoolBackend(BaseTaskBackend):
             copy_context(),
             capture(),
         )
-        self._results.live[job.result.id] = job
         # Before a slot begins it: the caller gets READY, however fast they are.
         enqueued = snapshot(job.result)
-        accepted = job.pool._submit(queued)
+        accepted = job.pool.submit(queued)
         if not accepted:
             job.drop()
         # Dropped, or diverted, as by MODE "inline", which has run it by now.
-        return enqueued if accepted and job.pool._divert is None else snapshot(job.result)
+        return enqueued if accepted and not job.pool.is_diverted else snapshot(job.result)
 
 
 class Job(Recorded):
     """One enqueued task: what its pool runs, and the one who writes its result."""
 
-    def __init__(
-        self, result: AnyResult, pool: Pool, sender: type[PoolBackend], results: Results, kept: int
-    ) -> None:
-        self.result = result  # what get_result copies; written by whoever runs the task
+    def __init__(self, record: Record, pool: Pool, sender: type[PoolBackend]) -> None:
+        self.record = record
+        self.result = record.result
         self.pool = pool
         self.sender = sender  # of the signals
-        self._results = results
-        self._kept = kept
-        # Whoever pops this ends the job. A plain function that a shutdown has given up still comes to its
-        # end one day, and its result says by then that it was cancelled.
-        self._token: deque[None] = deque([None])
-        self._sent: Sent | None = None  # written by the mover
+        self._sent: Sent | None = None  # written by the thread that hands tasks off
 
     def __call__(self) -> Any:
         """Run the task on the calling thread; for an asynchronous one, return its coroutine."""
@@ -246,7 +227,7 @@ class Job(Recorded):
             value = normalize_json(await self._call())
         except BaseException as error:
             own = current_task()
-            timed_out = own is not None and own.overran
+            timed_out = own is not None and own.stop_reason is Outcome.TIMED_OUT
             if self._fail(TimeoutError("the task was cancelled after TASK_TIMEOUT") if timed_out else error):
                 await _send_from_loop(task_finished, self)
             raise
@@ -259,10 +240,10 @@ class Job(Recorded):
         return result.task.func(*args, *result.args, **result.kwargs)
 
     def _start(self) -> None:
-        begin(self.result, f"bgtasks-{self.pool.name}-{os.getpid()}")
+        self.record.begin(f"bgtasks-{self.pool.name}-{os.getpid()}")
 
     def _succeed(self, value: Any) -> bool:
-        return self._end(TaskResultStatus.SUCCESSFUL, _return_value=value)
+        return self.record.end(TaskResultStatus.SUCCESSFUL, _return_value=value)
 
     def _fail(self, error: BaseException) -> bool:
         kind = type(error)
@@ -270,22 +251,11 @@ class Job(Recorded):
             exception_class_path=f"{kind.__module__}.{kind.__qualname__}",
             traceback="".join(format_exception(error)),
         )
-        return self._end(TaskResultStatus.FAILED, errors=[*self.result.errors, described])
-
-    def _end(self, status: TaskResultStatus, **attributes: Any) -> bool:
-        """Write how the task ended; False if that was written before."""
-        try:
-            self._token.pop()
-        except IndexError:
-            return False
-        _write(self.result, finished_at=timezone.now(), **attributes)
-        _write(self.result, status=status)  # last: whoever reads it as finished finds all the rest
-        self._results.keep(self.result, self._kept)
-        return True
+        return self.record.end(TaskResultStatus.FAILED, errors=[*self.result.errors, described])
 
     def drop(self) -> None:
         """End a task that its pool has not accepted, or has given up before it was run."""
-        slots = self.pool._slots
+        slots = self.pool.slots
         name, pool = self.result.task.module_path, self.pool.name
         if slots is not None and slots.queue.state is State.OPEN:
             why = f"pool {pool!r} is full (capacity {slots.queue.capacity})"
@@ -299,7 +269,7 @@ class Job(Recorded):
         if outcome is Outcome.CANCELLED:
             self.drop()
         else:
-            self._results.keep(self.result, self._kept, self._sent)
+            self.record.hand_off(self._sent)
 
     def description(self) -> tuple[Any, list[Any], dict[str, Any]]:
         """Return the task and its arguments, which are JSON already."""
@@ -307,125 +277,7 @@ class Job(Recorded):
 
     def sent(self, alias: str, result_id: str) -> None:
         """Hear under what id the engine knows the task, if it is handed off."""
-        self._sent = alias, result_id
-
-
-class Results:
-    """The results of one alias in this process: of tasks on their way, and of the last ones to finish.
-
-    Every step is one atomic operation on a dictionary or a deque, so no lock is needed.
-    """
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all results."""
-        self.live: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()  # kept by the pool
-        self._finished: dict[str, tuple[AnyResult, Sent | None]] = {}
-        self._order: deque[str] = deque()  # the ids of finished results, oldest first
-
-    def keep(self, result: AnyResult, limit: int, sent: Sent | None = None) -> None:
-        """Keep a `result` that is finished or was `sent` away, and forget the oldest past the `limit`."""
-        self._finished[result.id] = result, sent
-        self._order.append(result.id)
-        while len(self._order) > limit:
-            try:
-                self._finished.pop(self._order.popleft(), None)
-            except IndexError:
-                return  # another thread has forgotten the last one
-
-    def get(self, result_id: str) -> tuple[AnyResult, Sent | None]:
-        """Return a copy of a result, and where the task has been handed off to.
-
-        Raises:
-            TaskResultDoesNotExist: There is none of that id.
-        """
-        job = self.live.get(result_id)
-        # Before the live ones are believed: one that was handed off may not be gone from them yet.
-        result, sent = self._finished.get(result_id) or (job.result if job is not None else None, None)
-        if result is None:
-            raise TaskResultDoesNotExist(result_id)
-        return snapshot(result), sent
-
-
-_results: dict[str, Results] = {}  # by alias
-_ids: list[str] = []  # to be used; a step on it is atomic
-# Those of a new result. It has its return value once it has succeeded.
-_RESULT_FIELDS = [field.name for field in fields(TaskResult) if field.name != "_return_value"]
-
-
-def _forget() -> None:
-    """Forget what is the parent's: its results, of tasks that nobody runs here, and the ids it will use."""
-    for results in _results.values():
-        results.reset()
-    _ids.clear()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows has no fork
-    os.register_at_fork(after_in_child=_forget)
-
-
-def _new_id() -> str:
-    """Return 32 random characters, as many as those of Django's own backends.
-
-    For each call of ``os.urandom`` a thread gives the GIL away: a quarter of what an enqueue costs.
-    """
-    while True:
-        try:
-            return _ids.pop()
-        except IndexError:
-            digits = os.urandom(IDS * 16).hex()
-            _ids.extend(digits[at : at + 32] for at in range(0, len(digits), 32))
-
-
-def new_result(task: AnyTask, alias: str, args: list[Any], kwargs: dict[str, Any]) -> AnyResult:
-    """Return the result of a `task` that is being enqueued."""
-    return TaskResult(
-        task=task,
-        id=_new_id(),
-        status=TaskResultStatus.READY,
-        enqueued_at=timezone.now(),
-        started_at=None,
-        last_attempted_at=None,
-        finished_at=None,
-        args=args,
-        kwargs=kwargs,
-        backend=alias,
-        errors=[],
-        worker_ids=[],
-    )
-
-
-def begin(result: AnyResult, worker_id: str) -> None:
-    """Write that an attempt at the task begins."""
-    now = timezone.now()
-    result.worker_ids.append(worker_id)
-    _write(result, status=TaskResultStatus.RUNNING, started_at=now, last_attempted_at=now)
-
-
-def snapshot(result: AnyResult) -> AnyResult:
-    """Return a copy of `result` that nobody goes on writing to."""
-    # By hand: copy.copy() of a frozen dataclass with slots takes ten times as long.
-    copied = object.__new__(type(result))
-    for name in _RESULT_FIELDS:
-        _set(copied, name, getattr(result, name))
-    value = getattr(result, "_return_value", result)
-    if value is not result:  # a sentinel
-        _set(copied, "_return_value", value)
-    _set(copied, "errors", list(result.errors))
-    _set(copied, "worker_ids", list(result.worker_ids))
-    return copied
-
-
-def _refresh(result: AnyResult, other: AnyResult) -> None:
-    """Write into `result` what the engine knows of the task."""
-    _write(result, **{name: getattr(other, name) for name in TASK_REFRESH_ATTRS})
-
-
-def _write(result: AnyResult, **attributes: Any) -> None:
-    for name, value in attributes.items():
-        _set(result, name, value)
+        self._sent = Sent(alias, result_id)
 
 
 def _send(signal: Signal, job: Job) -> None:

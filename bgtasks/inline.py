@@ -14,8 +14,9 @@ from typing import Any
 from asgiref.current_thread_executor import CurrentThreadExecutor
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 
-from bgtasks.queue import Outcome, Task, TaskQueue
-from bgtasks.slots import Hooks, current
+from bgtasks.core.figures import Outcome
+from bgtasks.core.queue import TaskQueue
+from bgtasks.core.task import Hooks, Task, current
 
 
 def run(queue: TaskQueue, hooks: Hooks, task: Task) -> None:
@@ -23,13 +24,13 @@ def run(queue: TaskQueue, hooks: Hooks, task: Task) -> None:
 
     What the task raises goes up into the code that has spawned it. It counts like any other task.
     """
-    queue.begin_beside(task)
+    task.begin()
     outcome = Outcome.FAILED
     try:
         _run(hooks, task)
         outcome = Outcome.SUCCEEDED
     finally:
-        queue.count_beside(task, outcome)
+        queue.count_inline(task, outcome)
 
 
 def _run(hooks: Hooks, task: Task) -> None:

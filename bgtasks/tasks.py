@@ -11,7 +11,7 @@ from typing import Any
 import django
 from django.conf import settings
 
-from bgtasks import conf, handoff
+from bgtasks import conf
 
 
 def _alias() -> str | None:
@@ -24,11 +24,10 @@ alias = _alias()
 if django.VERSION >= (6, 0) and alias is not None:
     from django.tasks import task, task_backends
 
-    @task(
-        backend=alias,
-        queue_name=handoff._queue_name(task_backends[alias], conf.DEFAULT_POOL),
-        takes_context=True,
-    )
+    from bgtasks.handoff.engine import queue_name
+    from bgtasks.handoff.payload import run
+
+    @task(backend=alias, queue_name=queue_name(task_backends[alias], conf.DEFAULT_POOL), takes_context=True)
     def run_function(context: Any, payload: str) -> Any:
         """Run the function that a signed payload names."""
-        return handoff.run(context, payload)
+        return run(context, payload)

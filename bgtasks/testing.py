@@ -22,10 +22,10 @@ from typing import Any
 
 from django.test.utils import TestContextDecorator
 
+from bgtasks.core.slots import Slots
+from bgtasks.core.task import Task
+from bgtasks.monitoring.snapshot import stack_of
 from bgtasks.pools import Diverted, Pool, pools, run_inline
-from bgtasks.queue import Task
-from bgtasks.slots import Slots
-from bgtasks.snapshot import stack_of
 
 __all__ = ["Call", "Captured", "captured", "drained", "inline"]
 
@@ -264,7 +264,7 @@ def _drain(timeout: float) -> str | None:
     while True:
         done = pools.drain(max(0.0, deadline - monotonic()))
         # A task may have spawned another one, after this drain began and before it ended.
-        busy = [slots for slots in pools._built() if not slots.queue.is_empty()]
+        busy = [slots for slots in pools.built() if slots.queue.tasks()]
         if not busy:
             return None
         if not done or monotonic() >= deadline:
@@ -279,13 +279,13 @@ def _describe(slots: Slots) -> str:
         lines.append(
             f"task {task.name!r} of pool {queue.pool!r} runs for {seconds:.1f} s, at:\n{_stack(slots, task)}"
         )
-    for name, number in Counter(task.name for task in queue.held() if task not in queue.running()).items():
+    for name, number in Counter(task.name for task in queue.held()).items():
         lines.append(f"task {name!r} of pool {queue.pool!r} waits, {_times(number)}")
     return "\n".join(lines)
 
 
 def _stack(slots: Slots, task: Task) -> str:
-    slot = next((slot for slot in list(slots.all) if slot.account is task.account), None)
+    slot = next((slot for slot in slots.all if slot.task is task), None)
     return (stack_of(slot, task) or "(between two states)") + "\n"
 
 

@@ -4,8 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from bgtasks.mover import Fate, Parcel
-from bgtasks.queue import Outcome
+from bgtasks.core.figures import Outcome
+from bgtasks.handoff.engine import Engine, Fate, Parcel
 from bgtasks.signals import task_finished
 from tests.gate import BOUND
 
@@ -41,13 +41,13 @@ class Ends:
         return names
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """An engine as the mover knows it. `before` and `after` are called around each send, with the batch."""
 
-    alias = "engine"
-
     def __init__(self) -> None:
-        self.taken: list[str] = []  # names of tasks, as they came
+        self.alias = "engine"
+        self.packed: list[str] = []  # names of tasks, as they came
+        self.taken: list[Any] = []  # names of tasks, as they came
         self.batches: list[int] = []  # their sizes
         self.stays: Callable[[str], bool] = lambda name: False  # names of tasks that cannot travel
         self.before: Callable[[list[Parcel]], object] = lambda parcels: None
@@ -55,7 +55,9 @@ class FakeEngine:
         self.answers: Callable[[Parcel], Fate] = lambda parcel: Fate.UNSURE
 
     def pack(self, task: Any) -> Any:
-        return None if self.stays(task.name) else Parcel(task, task.name)
+        self.packed.append(task.name)
+        content: Any = task.name
+        return None if self.stays(task.name) else Parcel(task, content)
 
     def send(self, parcels: Any) -> None:
         self.before(parcels)

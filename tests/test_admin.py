@@ -13,8 +13,9 @@ from django.urls import reverse
 from pytest_django import Settings
 
 import bgtasks
-from bgtasks import overview
 from bgtasks.models import BackgroundTasks
+from bgtasks.monitoring.overview import overview
+from bgtasks.pools import pools
 from tests.gate import BOUND, Gate
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.urls("tests.browser.urls")]
@@ -136,7 +137,7 @@ def test_pause_and_resume_are_written_into_the_log(client: Client) -> None:
     assert 'data-may-pause="true"' in client.get(reverse(PAGE)).text
 
     assert client.post(reverse(PAUSE), {"pool": "default", "paused": "true"}).json()["paused"] is True
-    assert [pool["paused"] for pool in overview.overview()["pools"]] == [True]
+    assert [pool["paused"] for pool in overview(pools)["pools"]] == [True]
     assert client.post(reverse(PAUSE), {"pool": "default", "paused": "false"}).json()["paused"] is False
     assert bgtasks.drain(BOUND)
 

@@ -1,24 +1,18 @@
 """The ASGI lifespan: the wrapper between a server and an application that may know nothing of it."""
 
 import asyncio
-import logging
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
-from asgiref.sync import sync_to_async
 from django.core.asgi import get_asgi_application
-from django.http import HttpRequest, HttpResponse
 from django.test import override_settings
-from django.urls import path
 
 import bgtasks
 import bgtasks.asgi
-from bgtasks import pools
-from bgtasks.pools import lifespan as lifespan_of_the_process
-from bgtasks.queue import State
-from tests.gate import BOUND, AsyncGate, Gate
+from bgtasks import pools, process
+from bgtasks.core.places import State
+from tests.gate import BOUND, AsyncGate
 
 LIFESPAN = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}
 STARTUP = {"type": "lifespan.startup"}
@@ -86,7 +80,7 @@ def test_shutdown_waits_for_tasks() -> None:
         await protocol.ask(STARTUP)
         bgtasks.spawn("held", gate)
         shutdown = asyncio.create_task(protocol.ask(SHUTDOWN))
-        while pools.default._slots.queue.state is State.OPEN:  # noqa: ASYNC110  # it cannot say
+        while pools.default.slots.queue.state is State.OPEN:  # noqa: ASYNC110  # it cannot say
             await asyncio.sleep(0)
 
         assert protocol.answers.empty()
@@ -264,106 +258,16 @@ def test_other_scopes_are_untouched(kind: str) -> None:
     assert all(mine is its for mine, its in zip((scope, receive, send), call, strict=True))
 
 
-# The warning that there is no lifespan.
-
-
-@pytest.fixture
-def unsettled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
-    """Let the process not know whether its server announces the lifespan; return the warnings about it."""
-    monkeypatch.setattr(lifespan_of_the_process, "settled", False)
-
-    def warnings() -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-
-    return warnings
-
-
-MISSING = (
-    "tasks are spawned on an event loop, and the server has not announced its lifespan: "
-    "under uvicorn they would be lost at shutdown; write in asgi.py: "
-    "application = bgtasks.asgi.lifespan(get_asgi_application())"
-)
-
-
-async def spawn_a_task() -> None:
-    bgtasks.spawn("task", print, end="")
-
-
-def test_spawn_on_a_loop_without_a_lifespan_is_reported_once(unsettled: Callable[..., Any]) -> None:
-    """Who forgot the wrapper is told of it, with the line to write, the first time a task could get lost."""
-    asyncio.run(spawn_a_task())
-    asyncio.run(spawn_a_task())
-
-    assert unsettled() == [MISSING]
-
-
-def test_spawn_in_a_sync_view_without_a_lifespan_is_reported(unsettled: Callable[..., Any]) -> None:
-    """A sync view under ASGI runs on a thread for which a loop waits: its tasks could get lost as well."""
-
-    def view(request: HttpRequest) -> HttpResponse:
-        bgtasks.spawn("task", print, end="")
-        return HttpResponse()
-
-    async def main() -> Any:
-        sent = []
-        messages = [{"type": "http.request", "body": b""}]
-
-        async def receive() -> Any:
-            return messages.pop() if messages else await asyncio.Event().wait()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "method": "GET", "path": "/", "headers": [], "query_string": b""}
-        await get_asgi_application()(scope, receive, send)
-        return sent[0]["status"]
-
-    with override_settings(ROOT_URLCONF=(path("", view),)):
-        status = asyncio.run(main())
-
-    assert status == 200
-    assert unsettled() == [MISSING]
-
-
-def test_spawn_on_a_loop_after_a_lifespan_is_not_reported(unsettled: Callable[..., Any]) -> None:
+def test_process_that_was_told_of_a_lifespan_does_not_miss_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that has announced its lifespan will announce its end."""
+    monkeypatch.setattr(process.lifespan, "settled", False)
 
     async def main() -> None:
         protocol = Protocol(get_asgi_application())
         await protocol.ask(STARTUP)
-        await spawn_a_task()
         await protocol.ask(SHUTDOWN)
         await protocol.end()
 
     asyncio.run(main())
 
-    assert unsettled() == []
-
-
-def test_spawn_in_an_async_task_is_not_reported(unsettled: Callable[..., Any]) -> None:
-    """The drainer's own loop says nothing about the server."""
-
-    def spawn() -> None:
-        bgtasks.spawn("inner", print, end="")
-
-    async def task() -> None:
-        await sync_to_async(spawn)()
-        spawn()
-
-    bgtasks.spawn("outer", task)
-    bgtasks.drain(BOUND)
-    bgtasks.drain(BOUND)
-
-    assert unsettled() == []
-    assert lifespan_of_the_process.settled is False
-
-
-def test_spawn_on_a_thread_without_a_loop_is_not_reported(unsettled: Callable[..., Any]) -> None:
-    """A WSGI server or a script has no lifespan, and needs none: the exit hooks run."""
-    with ThreadPoolExecutor(1) as executor:
-        executor.submit(bgtasks.spawn, "task", print, end="").result(BOUND)
-    with Gate() as gate:
-        bgtasks.spawn("task", gate)
-
-    assert unsettled() == []
-    assert pools.drain(BOUND)
+    assert process.lifespan.settled is True

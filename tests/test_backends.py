@@ -13,7 +13,7 @@ import pytest
 from pytest_django import Settings
 
 from bgtasks import signals
-from bgtasks.queue import Outcome
+from bgtasks.core.figures import Outcome
 
 pytest.importorskip("django.tasks", reason="django.tasks is new in 6.0")
 
@@ -26,9 +26,8 @@ from django.test import override_settings
 from django.utils import timezone, translation
 
 import bgtasks
-from bgtasks.backends import DEFAULT_RESULTS, IDS, PoolBackend, Results, new_result
+from bgtasks.backends import DEFAULT_RESULTS, PoolBackend
 from bgtasks.exceptions import TaskDropped
-from tests.core import ForcedDeque
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.processes import run_python
 from tests.test_readme import snippet
@@ -286,7 +285,7 @@ def test_a_result_is_ready_even_if_its_task_has_begun(monkeypatch: pytest.Monkey
     3. the caller: returns the result
     """
     pool = bgtasks.pools["default"]
-    submit = pool._submit
+    submit = pool.submit
 
     def submit_and_wait(task: Any) -> bool:
         accepted = submit(task)
@@ -294,7 +293,7 @@ def test_a_result_is_ready_even_if_its_task_has_begun(monkeypatch: pytest.Monkey
         return accepted
 
     with held() as gate:
-        monkeypatch.setattr(pool, "_submit", submit_and_wait)
+        monkeypatch.setattr(pool, "submit", submit_and_wait)
         result = tasks.held.enqueue("gate")
 
         assert (result.status, result.started_at) == (TaskResultStatus.READY, None)
@@ -371,22 +370,6 @@ def test_no_result_is_kept_of_a_task_that_is_gone() -> None:
             result.refresh()
 
 
-def test_two_threads_that_forget_one_result_both_go_on() -> None:
-    """Whoever comes second finds nothing left to forget.
-
-    1. Two threads see one result too many.
-    2. The other one forgets it.
-    3. This one finds nothing left to forget.
-    """
-    results = Results()
-    results._order = ForcedDeque()
-    results._order.force("after len", results._order.clear)
-
-    results.keep(finished(tasks.noop), 0)
-
-    assert not results._order
-
-
 FORKED = """
 import os
 import django
@@ -447,13 +430,6 @@ def test_a_forked_child_gives_ids_of_its_own() -> None:
     assert process.returncode == 0, process.stderr
     assert len(ids) == len(set(ids)) == 20
     assert {len(each) for each in ids} == {32}
-
-
-def test_ids_do_not_run_out() -> None:
-    """They are made many at a time, and then again."""
-    ids = {new_result(tasks.noop, "default", [], {}).id for _ in range(IDS * 2 + 1)}
-
-    assert len(ids) == IDS * 2 + 1
 
 
 # Pools.
@@ -596,7 +572,7 @@ def test_a_timeout_while_its_start_is_told_is_recorded() -> None:
         with receiving(task_started, gate):
             result = tasks.aheld.enqueue("gate")
             gate.wait_entered()
-            [running] = bgtasks.pools._built()[0].queue.running()
+            [running] = bgtasks.pools.built()[0].queue.running()
             wait_until(lambda: running.overran)
             gate.open()
             assert bgtasks.drain(BOUND)

@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.servers
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "name", ["burst", "call", "compute", "latency", "memory", "stages", "startup", "throughput"]
-)
+@pytest.mark.parametrize("name", ["burst", "call", "compute", "latency", "memory", "startup", "throughput"])
 def test_script_runs(name: str) -> None:
     """Each script comes to its table, with targets that it holds its ratios against."""
     env = environment({"BENCHMARKS_QUICK": "1"})

@@ -20,7 +20,7 @@ from django.db import connection
 from pytest_django import Settings
 
 from bgtasks import conf
-from bgtasks.figures import LAST
+from bgtasks.hooks import LAST
 from tests.gate import BOUND
 from tests.processes import Server, free_port, program
 from tests.site.urls import LOCK

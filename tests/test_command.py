@@ -12,7 +12,7 @@ from pytest_django import Settings
 
 from bgtasks.management.commands import bgtasks as command
 from tests.gate import Gate
-from tests.test_publisher import Observed, cache, locmem, other, publish
+from tests.monitoring.test_publisher import Observed, cache, locmem, other, publish
 
 __all__ = ["cache"]  # the fixture
 
@@ -57,6 +57,24 @@ def test_processes_and_tasks_are_shown(cache: BaseCache) -> None:
     assert "(stuck)" in text
     assert "ValueError" in text
     assert "other:1" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (None, "-"),
+        (0.00005, "<0.1 ms"),
+        (0.0057, "5.7 ms"),
+        (0.57, "570 ms"),
+        (5.7, "5.7 s"),
+        (61.0, "61 s"),
+        (170.0, "2.8 min"),
+        (20_000.0, "5.6 h"),
+    ],
+)
+def test_percentile_is_shown_with_two_digits(seconds: float | None, shown: str) -> None:
+    """More is not known of it."""
+    assert command._roughly(seconds) == shown
 
 
 def test_drops_are_shown_with_their_number(cache: BaseCache) -> None:

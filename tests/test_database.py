@@ -18,7 +18,6 @@ from psycopg_pool import PoolTimeout
 from pytest_django import Settings
 
 import bgtasks
-from bgtasks import shell
 from tests.background import run, spawn
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.processes import free_port
@@ -270,20 +269,6 @@ def test_connection_is_given_back_after_a_task(kind: Callable[..., Any], alias: 
     assert wrapper.connection is None
 
 
-@pytest.mark.parametrize("inside", [connections, object()], ids=["asgiref 3.13", "another asgiref"])
-def test_connections_of_a_thread_are_found(inside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connections that a slot has to look after are those Django knows, however they are found."""
-    monkeypatch.setattr(shell, "_connections", inside)
-
-    def probe() -> Any:
-        _ = connections["default"], connections["sqlite"]
-        return shell.open_connections(), connections.all(initialized_only=True)
-
-    found, known = run(in_function, probe)
-    assert {connection.alias for connection in found} >= {"default", "sqlite"}
-    assert set(map(id, found)) == set(map(id, known))
-
-
 @both
 def test_kept_connections_are_used_again(kind: Callable[..., Any], kept: Any, slots: int) -> None:
     """With CONN_MAX_AGE every slot keeps its connection, and the next tasks find it."""
@@ -388,7 +373,7 @@ def test_connection_that_expires_while_its_slot_is_idle_is_replaced(
         age()
         return backend_of()
 
-    monkeypatch.setattr("bgtasks.slots.STALE_AFTER", 0)
+    monkeypatch.setattr("bgtasks.core.slots.STALE_AFTER", 0)
     pid = run(kind, task)
     kept_open = connection.connection is not None
 

@@ -4,8 +4,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from bgtasks import conf, signals
-from bgtasks.queue import PoolStats
+from bgtasks import PoolStats, conf, signals
 from tests.snippets import ROOT
 
 

@@ -97,7 +97,7 @@ def wait_for_rows(number: int, rows: str = "shop_done", bound: float = 3 * BOUND
 # An engine that hangs is not what this is about, and a machine that pauses looks like one.
 ORDER = f"""
 import os, bgtasks
-from bgtasks import mover
+from bgtasks.handoff import mover
 from tests.shop.calls import order
 mover.STALL = {10 * BOUND}
 for number in range({ORDERS}):
@@ -171,7 +171,7 @@ def test_a_forged_payload_in_the_table_is_refused_and_runs_nothing(shop: dict[st
     migrate(shop)
     forge = """
 from django_tasks_db.models import DBTaskResult, get_date_max
-from bgtasks.handoff import SALT
+from bgtasks.handoff.payload import SALT
 from django.core import signing
 payload = {"f": "tests.shop.tasks.done", "a": ["forged"], "k": {}, "l": None, "z": None}
 for text in (

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import monotonic
 from typing import Any, cast
@@ -19,17 +19,24 @@ from django.db import connection, connections
 from django.test import override_settings
 
 import bgtasks
-import bgtasks.log
-import bgtasks.queue
-from bgtasks import drainer, slots
-from bgtasks.shell import Shell, close_connections
+from bgtasks.core import slots
+from bgtasks.core.drainer import Drainer
+from bgtasks.core.shutdown import Shutdown, shut_down
+from bgtasks.hooks import DjangoHooks, Helpers
+from bgtasks.monitoring.watchdog import Watchdog
 from bgtasks.signals import task_dropped, task_finished, task_spawned, task_started
-from tests.core import Core
-from tests.gate import BOUND, AsyncGate, Gate
-from tests.test_slots import assert_conn_max_is_exact
+from tests.gate import BOUND, AsyncGate, Gate, wait_until
+from tests.pool import Core, assert_conn_max_is_exact
 
 
-class CountingShell(Shell):
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have nobody wait for what does not end when it is told to."""
+    for module in ("drainer", "shutdown"):
+        monkeypatch.setattr(f"bgtasks.core.{module}.STOP_PATIENCE", 0.01)
+
+
+class CountingHooks(DjangoHooks):
     """Counts how often connections are looked at."""
 
     def __init__(self) -> None:
@@ -44,7 +51,7 @@ class CountingShell(Shell):
 def test_connections_are_not_looked_at_in_the_middle_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a task waits between two ORM calls, its transaction and its cursors are left alone."""
     monkeypatch.setattr(slots, "STALE_AFTER", -1.0)  # whatever is idle is stale
-    hooks = CountingShell()
+    hooks = CountingHooks()
     seen: list[int] = []
 
     async def two_calls() -> None:
@@ -65,14 +72,17 @@ def test_connections_of_a_slot_that_a_stranger_has_used_are_looked_at(
 ) -> None:
     """A call that comes too late, for a task that has ended, does not spare the next task the look."""
     monkeypatch.setattr(slots, "STALE_AFTER", -1.0)
-    hooks = CountingShell()
+    hooks = CountingHooks()
     seen: list[int] = []
 
     async def call() -> None:
         await sync_to_async(lambda: seen.append(hooks.cleaned))()
 
     with Core(conn_max=1, hooks=hooks) as core:
-        core.slots.all[0].submit(print, end="").result(BOUND)
+        [slot] = core.slots.all
+        slot.submit(print, end="").result(BOUND)
+        slot.bell.put(None)
+        wait_until(lambda: slot._stale)  # it has gone to sleep again, and was woken
         core.spawn("call", call)
         core.drain()
 
@@ -175,10 +185,7 @@ def test_connections_of_to_thread_are_closed() -> None:
         connection.ensure_connection()
         opened.append(connections["default"])
 
-    with Core(conn_max=1) as core:
-        core.drainer._close_connections = close_connections
-        core.drainer.stop()
-        core.drainer.start()
+    with Core(conn_max=1, drainer=Drainer(new_executor=Helpers)) as core:
         core.spawn("leaves its thread", asyncio.to_thread, query)
         core.drain()
 
@@ -218,30 +225,28 @@ def test_fork_leaves_coroutines_that_tasks_have_left_behind() -> None:
         assert not left[0].cancelled()
 
 
+@pytest.mark.usefixtures("impatient")
 def test_shutdown_of_many_pools_has_one_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pools are cancelled side by side: each of them costs its own timeout, and all together one patience."""
-    waits: list[float] = []
-    real_wait = wait
+    """Pools are given up side by side: what does not end is waited for until one and the same moment."""
+    until: list[float] = []
+    give_up = Shutdown.give_up
 
-    def counted(futures: Any, timeout: float, *args: Any) -> Any:
-        waits.append(timeout)
-        return real_wait(futures, 0)
+    def noted(shutdown: Shutdown, patience: float) -> None:
+        until.append(patience)
+        give_up(shutdown, patience)
 
-    monkeypatch.setattr(drainer, "wait", counted)
-    with Core(conn_max=1) as core, Gate() as gate, Gate() as other_gate:
-        other = Core(conn_max=1, drainer=core.drainer)
-        core.drainer.add(other.slots)
-        core.drainer.start()
+    monkeypatch.setattr(Shutdown, "give_up", noted)
+    with Core(conn_max=1) as core, Gate() as gate, Core(conn_max=1, drainer=core.drainer) as other:
         core.spawn("held", gate)
-        other.spawn("held", other_gate)
-        gate.wait_entered()
-        other_gate.wait_entered()
+        other.spawn("held", gate)
+        gate.wait_entered(2)
 
         now = monotonic()
-        assert core.drainer.close({core.slots: now, other.slots: now}) == 2
+        assert shut_down({core.shutdown: now, other.shutdown: now}) == 2
 
-        assert sum(waits) <= 2 * drainer.STOP_PATIENCE
-        other_gate.open()
+        assert len(until) == 2
+        assert len(set(until)) == 1
+        gate.open()
 
 
 class Payload(bytearray):
@@ -255,9 +260,9 @@ async def fail_async(payload: Payload) -> None:
     raise ValueError(len(payload))
 
 
-def test_no_argument_outlives_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_no_argument_outlives_its_task() -> None:
     """Memory that large arguments take is free as soon as their task has ended, in whatever way it did."""
-    monkeypatch.setattr(drainer, "STOP_PATIENCE", 0.01)
     freed: list[threading.Event] = []  # one for each argument
 
     def spawn(task: Any) -> bool:
@@ -294,9 +299,9 @@ def test_clock_that_jumps_changes_no_outcome(monkeypatch: pytest.MonkeyPatch) ->
     """The time of day may go back and forth by years: what is measured is measured by another clock."""
     days = itertools.cycle([0, 4e9, -1e9, 1e9])
     real = time.time
-    for module in (bgtasks.queue, bgtasks.log):
-        monkeypatch.setattr(module, "time", lambda: real() + next(days))
+    monkeypatch.setattr("bgtasks.hooks.time", lambda: real() + next(days))
     with Core(conn_max=1, capacity=1, task_timeout=0.01) as core, Gate() as gate, AsyncGate() as agate:
+        core.drainer.companions.append(Watchdog(lambda: [core.slots]))
         core.spawn("times out", agate)
         core.drain()
         core.spawn("overruns", gate)
@@ -310,27 +315,30 @@ def test_clock_that_jumps_changes_no_outcome(monkeypatch: pytest.MonkeyPatch) ->
         stats, names = core.queue.stats_by_name()
         assert (stats.timed_out, stats.succeeded, stats.dropped) == (1, 2, 3)
         assert len(core.logs.of("'dropped'")) == 1  # the others within a minute
-        assert all(0 <= name.run_seconds < BOUND and 0 <= name.wait_seconds < BOUND for name in names)
+        assert all(0 <= name.runs.seconds < BOUND and 0 <= name.waits.seconds < BOUND for name in names)
 
 
 def test_clock_of_a_machine_that_slept_ends_what_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the clock that measures jumps ahead, as after a sleep of the machine, what is due is done, once."""
     with Core(conn_max=2, task_timeout=1000 * BOUND) as core, Gate() as gate:
+        watchdog = Watchdog(lambda: [core.slots])
         core.spawn("overruns", gate)
         gate.wait_entered()
-        monkeypatch.setattr(drainer, "monotonic", lambda: monotonic() + 2000 * BOUND)
-        core.spawn("overruns as well", gate)  # its start has the loop look, if it is not waiting to
-        core.drainer._call_soon(core.drainer._watch)
+        watchdog._look()
+        assert core.stats().stuck == 0
 
-        core.logs.wait("'overruns' of pool 'core' runs for longer")
-        assert core.stats().stuck >= 1
+        monkeypatch.setattr("bgtasks.monitoring.watchdog.monotonic", lambda: monotonic() + 2000 * BOUND)
+        watchdog._look()
+        watchdog._look()
+
+        assert core.stats().stuck == 1
         gate.open()
         core.drain()
+        assert len(core.logs.of("'overruns' of pool 'core' runs for longer")) == 1
+        assert core.stats().succeeded == 1
 
-        assert len(core.logs.of("'overruns' of pool")) == 1
-        assert core.stats().succeeded == 2
 
-
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("error", [ValueError("broken"), SystemExit()])
 def test_handlers_and_receivers_that_raise_at_every_step_lose_no_task(
     monkeypatch: pytest.MonkeyPatch, error: Any
@@ -344,7 +352,6 @@ def test_handlers_and_receivers_that_raise_at_every_step_lose_no_task(
     handler.emit = broken
     signals = (task_spawned, task_started, task_finished, task_dropped)
     monkeypatch.setattr(logging, "lastResort", None)
-    monkeypatch.setattr(drainer, "STOP_PATIENCE", 0.01)
     with Core(conn_max=2, capacity=2, task_timeout=0.01) as core, Gate() as gate, AsyncGate() as agate:
         logging.getLogger("bgtasks").addHandler(handler)
         for signal in signals:

@@ -22,7 +22,7 @@ def test_every_guarantee_has_its_tests() -> None:
 
 def test_every_test_that_is_named_exists() -> None:
     """A test that was renamed is renamed on the page as well."""
-    for file, name in set(re.findall(r"`(test_\w+\.py)(?:::(\w+))?", PAGE)):
+    for file, name in set(re.findall(r"`((?:\w+/)?test_\w+\.py)(?:::(\w+))?", PAGE)):
         tree = ast.parse((ROOT / "tests" / file).read_text())
         defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assigned = [node.targets[0] for node in tree.body if isinstance(node, ast.Assign)]
@@ -33,7 +33,7 @@ def test_every_test_that_is_named_exists() -> None:
 
 def test_every_line_that_is_named_exists() -> None:
     """A module and a function of the package are what the page calls them."""
-    for file, qualified in set(re.findall(r"^\| `(\w+\.py)`: `([\w.]+)`", PAGE, flags=re.MULTILINE)):
+    for file, qualified in set(re.findall(r"^\| `((?:\w+/)?\w+\.py)`: `([\w.]+)`", PAGE, flags=re.MULTILINE)):
         source = (ROOT / "bgtasks" / file).read_text()
         for name in qualified.split("."):
             assert re.search(rf"\b{name}\b", source), f"{file}: {qualified}"

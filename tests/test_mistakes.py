@@ -15,7 +15,8 @@ from django.test import modify_settings, override_settings
 import bgtasks
 from bgtasks.checks import check_database_pools, check_lifespan, check_settings
 from bgtasks.exceptions import InvalidSettings, PoolDoesNotExist
-from bgtasks.pools import lifespan, pools
+from bgtasks.pools import pools
+from bgtasks.process import lifespan
 
 
 def send() -> None: ...
@@ -47,7 +48,8 @@ def test_no_name() -> None:
 def test_a_generator_function() -> None:
     """A function that would run nothing."""
     assert told(TypeError, "lazy", lazy) == (
-        "task 'lazy' is a generator function; calling it would run nothing of it"
+        "task 'lazy' is a generator function; calling it only creates a generator, "
+        "and its body would never run"
     )
 
 
@@ -190,6 +192,7 @@ def test_an_async_view_without_lifespan(
 ) -> None:
     """At the first spawn, since the check runs only with --deploy."""
     monkeypatch.setattr(lifespan, "settled", False)
+    monkeypatch.setattr(lifespan, "look_at", 0.0)
 
     asyncio.run(spawn_in_async_code())
     assert bgtasks.drain(30)

@@ -21,10 +21,11 @@ from opentelemetry.trace import SpanKind, StatusCode  # noqa: E402
 
 import bgtasks  # noqa: E402
 from bgtasks.contrib import opentelemetry as tracing  # noqa: E402
+from bgtasks.core.figures import EXPORTED  # noqa: E402
+from bgtasks.hooks import DjangoHooks  # noqa: E402
 from bgtasks.pools import pools  # noqa: E402
-from bgtasks.shell import Shell  # noqa: E402
-from tests.core import Logs  # noqa: E402
 from tests.gate import BOUND, Gate  # noqa: E402
+from tests.pool import Logs  # noqa: E402
 
 
 class Telemetry:
@@ -142,7 +143,7 @@ def test_drop_is_an_error_of_the_spawn(queue_is: Any, task: Any, telemetry: Any,
             bgtasks.spawn("waits", int)
         else:
             bgtasks.stats()
-            pools.default._slots.queue.close()
+            pools.built()[0].queue.close()
         assert bgtasks.spawn("late", task) is False
     spans = telemetry.spans()
 
@@ -155,7 +156,7 @@ def test_drop_of_an_inline_task_has_one_span(telemetry: Any, settings: Settings)
     """A task that would have run in its spawner, but for the shutdown, is no two spawns."""
     settings.BGTASKS = {"default": {"MODE": "inline"}}
     bgtasks.stats()
-    pools.default._slots.queue.close()
+    pools.built()[0].queue.close()
     assert bgtasks.spawn("late", int) is False
 
     names = [span.name for span in telemetry.exporter.get_finished_spans()]
@@ -186,7 +187,7 @@ def test_nothing_leaks_into_the_drainer(telemetry: Any) -> None:
             bgtasks.spawn("traced", task, Future())
     assert bgtasks.drain(BOUND)
     on_loop: Future[Any] = Future()
-    pools.drainer.call_later(0, lambda: on_loop.set_result(trace.get_current_span()))
+    pools.drainer.loop.call_later(0, lambda: on_loop.set_result(trace.get_current_span()))
     in_slot: Future[Any] = Future()
     tracing.uninstrument()
     bgtasks.spawn("untraced", plain, in_slot)
@@ -216,6 +217,7 @@ def test_histograms_have_the_durations(telemetry: Any) -> None:
     runs = {point.attributes["bgtasks.task.name"]: point for point in points["messaging.process.duration"]}
     assert (runs["good"].count, runs["bad"].count) == (1, 1)
     assert runs["bad"].attributes["error.type"] == "ValueError"
+    assert {tuple(point.explicit_bounds) for kind in points.values() for point in kind} == {EXPORTED}
 
 
 def test_tracer_that_raises_is_logged(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +226,7 @@ def test_tracer_that_raises_is_logged(telemetry: Any, monkeypatch: pytest.Monkey
     def started(pool: Any, task: Any) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(Shell.tracer, "started", started)
+    monkeypatch.setattr(DjangoHooks.tracer, "started", started)
     with Logs() as logs:
         future: Future[Any] = Future()
         bgtasks.spawn("task", plain, future)

@@ -84,7 +84,7 @@ def test_failures_of_the_engine_are_a_metric(monkeypatch: pytest.MonkeyPatch) ->
     """What ``stats()`` says of them is exported, so that an alarm can be made of it."""
     bgtasks.spawn("task", int)
     assert bgtasks.drain(BOUND)
-    [slots] = pools._built()
+    [slots] = pools.built()
     monkeypatch.setattr(slots.queue, "handoff_failures", 3)
 
     assert bgtasks.stats()["default"].handoff_failures == 3
@@ -136,10 +136,10 @@ settings.configure(
 )
 django.setup()
 import bgtasks
-import bgtasks.publisher
+from bgtasks.monitoring import publisher
 
 if sys.argv[1] == "work":
-    bgtasks.publisher.STOP_PATIENCE = 30  # for the last figures, on a machine that is busy
+    publisher.STOP_PATIENCE = 30  # for the last figures, on a machine that is busy
     for number in range(7):
         bgtasks.spawn("good", int)
     bgtasks.spawn("bad", int, "x")

@@ -258,6 +258,25 @@ def test_spawner_runs_the_receivers_of_its_spawn() -> None:
     assert threads == [threading.current_thread()] * 2
 
 
+@both
+def test_signals_without_receivers_are_not_sent(
+    kind: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who does not listen does not pay: no signal is called for a task, nor for a drop."""
+    sent: list[Any] = []
+    for signal in SIGNALS.values():
+        monkeypatch.setattr(signal, "send_robust", lambda *args, **named: sent.append(named))
+
+    with Gate() as gate:
+        bgtasks.spawn("held", gate)
+        gate.wait_entered()
+        bgtasks.spawn("waits", kind, nothing)
+        bgtasks.spawn("one too many", nothing)
+    bgtasks.drain(BOUND)
+
+    assert sent == []
+
+
 # Receivers that go wrong.
 
 

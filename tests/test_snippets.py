@@ -8,8 +8,8 @@ from django.http import HttpResponse
 from django.test import override_settings
 
 import bgtasks
-from tests.core import Logs
 from tests.gate import BOUND
+from tests.pool import Logs
 from tests.snippets import ELSEWHERE, PAGES, ROOT, TUTORIAL, Block, Reader, blocks
 
 

@@ -17,8 +17,8 @@ from django.utils import translation
 import bgtasks
 from bgtasks import signals, testing
 from bgtasks.pools import pools
-from tests.core import own_threads
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
+from tests.pool import own_threads
 
 
 def create(name: str) -> None:
@@ -394,7 +394,7 @@ def test_drained_leaves_no_task_no_thread_and_no_connection() -> None:
 
     assert names() == ["async", "child"]
     wait_until(lambda: not own_threads())
-    assert not pools._built()
+    assert not pools.built()
     wait_until(lambda: not connected() - before)  # the server needs a moment to see that one has gone
 
 
@@ -432,12 +432,9 @@ def test_drained_does_not_hide_what_the_test_has_failed_of() -> None:
 
 def test_a_task_between_two_states_has_no_stack() -> None:
     """One that nobody runs at the moment it is looked at is named all the same."""
-    [slots] = pools.default._built() or [pools.default._build()]
-    task = slots.all[0].task if slots.all else None
-
-    assert task is None
+    slots = pools.default.build().slots
     with testing.captured() as tasks:
         bgtasks.spawn("between", print)
         [(_, spawned)] = tasks._waiting
-        slots.queue.begin_beside(spawned)
+
         assert testing._stack(slots, spawned) == "(between two states)\n"

@@ -26,7 +26,7 @@ class BackgroundTasks(HealthCheck):
     wait_max: float | None = health.WAIT_MAX
 
     async def run(self) -> None:
-        """Look at the pools of this process. Takes no lock and no thread.
+        """Look at the pools of this process. Waits for nothing.
 
         Raises:
             ServiceUnavailable: What is wrong, in words.

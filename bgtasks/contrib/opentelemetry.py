@@ -24,8 +24,9 @@ from opentelemetry import metrics, trace
 from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 import bgtasks
-from bgtasks.queue import Outcome, Task
-from bgtasks.shell import Shell
+from bgtasks.core.figures import EXPORTED, Outcome
+from bgtasks.core.task import Task
+from bgtasks.hooks import DjangoHooks
 
 SYSTEM = "bgtasks"
 
@@ -33,7 +34,7 @@ Attributes = dict[str, str]
 
 
 class Tracing:
-    """Makes the spans and the histograms of all pools. Implements bgtasks.shell.Tracer."""
+    """Makes the spans and the histograms of all pools. Implements bgtasks.hooks.Tracer."""
 
     def __init__(
         self,
@@ -46,9 +47,17 @@ class Tracing:
         meter = metrics.get_meter(bgtasks.__name__, meter_provider=meter_provider)
         self._link = link
         self._spawning = meter.create_histogram(
-            "messaging.client.operation.duration", "s", "How long spawn took."
+            "messaging.client.operation.duration",
+            "s",
+            "How long spawn took.",
+            explicit_bucket_boundaries_advisory=EXPORTED,
         )
-        self._processing = meter.create_histogram("messaging.process.duration", "s", "How long tasks ran.")
+        self._processing = meter.create_histogram(
+            "messaging.process.duration",
+            "s",
+            "How long tasks ran.",
+            explicit_bucket_boundaries_advisory=EXPORTED,
+        )
         # Of the tasks that run now. An entry goes with its task, whatever becomes of it.
         self._spans: WeakKeyDictionary[Task, tuple[Span, Attributes, float]] = WeakKeyDictionary()
 
@@ -125,12 +134,12 @@ def instrument(
         meter_provider: Where the histograms go; the global one by default.
         link: Give each task a trace of its own, linked to the spawner's span.
     """
-    Shell.tracer = Tracing(tracer_provider, meter_provider, link=link)
+    DjangoHooks.tracer = Tracing(tracer_provider, meter_provider, link=link)
 
 
 def uninstrument() -> None:
     """Trace no more tasks."""
-    Shell.tracer = None
+    DjangoHooks.tracer = None
 
 
 def _attributes(pool: str, name: str, operation: str, kind: str) -> Attributes:

@@ -25,10 +25,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from bgtasks.figures import BOUNDS, NameStats
+from bgtasks.core.figures import EXPORTED, NameStats, Outcome, PoolStats
 from bgtasks.pools import pools
-from bgtasks.queue import Outcome, PoolStats
-from bgtasks.snapshot import oldest_wait
 
 COUNTERS = {
     "bgtasks_spawned": ("Calls of spawn, dropped tasks included.", ("pool", "task")),
@@ -137,9 +135,9 @@ class PrometheusConfig(AppConfig):
 
 
 def _figures() -> Iterator[PoolFigures]:
-    for slots in pools._built():
+    for slots in pools.built():
         stats, names = slots.queue.stats_by_name()
-        yield slots.queue.pool, stats, names, oldest_wait(slots) or 0.0
+        yield slots.queue.pool, stats, names, slots.queue.oldest_wait() or 0.0
 
 
 def _counts(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[Labels, int]]:
@@ -177,11 +175,9 @@ def _gauge(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[str, f
 def _histogram(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[Labels, Sequence[int], float]]:
     for pool, _, names, _ in figures:
         for of in names:
-            if metric == "bgtasks_wait_seconds":
-                yield (pool, of.name), of.waits, of.wait_seconds
-            else:
-                yield (pool, of.name), of.runs, of.run_seconds
+            times = of.waits if metric == "bgtasks_wait_seconds" else of.runs
+            yield (pool, of.name), times.exported(), times.seconds
 
 
 def _bounds() -> list[str]:
-    return [*map(str, BOUNDS), "+Inf"]
+    return [*map(str, EXPORTED), "+Inf"]

@@ -9,8 +9,11 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from bgtasks.overview import overview
+from bgtasks.core.figures import BOUNDS, two_digits
+from bgtasks.monitoring.overview import overview
+from bgtasks.pools import pools
 
+SHORTEST = BOUNDS[0]  # seconds; of what is shorter no digit is known
 CLEAR = "\x1b[H\x1b[2J"
 UNWELL = {"silent", "dead"}
 NOTES = {
@@ -61,7 +64,7 @@ class Command(BaseCommand):
 
 def _others() -> dict[str, Any]:
     """Return the overview without this very process, which is none of the site's."""
-    return overview(own=False)
+    return overview(pools, own=False)
 
 
 def _status(seen: dict[str, Any]) -> int:
@@ -120,7 +123,7 @@ def _pool(pool: dict[str, Any], at: float) -> list[str]:
         keys = ["spawned", "queued", "running", "succeeded", "failed", "dropped"]
         times = ["wait_p50", "wait_p95", "run_p50", "run_p95"]
         rows = [
-            [_plain(of["name"]), *(str(of[key]) for key in keys), *(_seconds(of[key]) for key in times)]
+            [_plain(of["name"]), *(str(of[key]) for key in keys), *(_roughly(of[key]) for key in times)]
             for of in pool["names"]
         ]
         parts.append(_table([*heads, "wait p50", "wait p95", "run p50", "run p95"], rows))
@@ -172,3 +175,15 @@ def _seconds(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _roughly(seconds: float | None) -> str:
+    """Return a percentile with no more digits than are known of it, which are two."""
+    if seconds is None:
+        return "-"
+    if seconds < SHORTEST:
+        return f"<{SHORTEST * 1000:g} ms"
+    for unit, size, below in (("ms", 0.001, 1.0), ("s", 1.0, 100.0), ("min", 60.0, 6000.0)):
+        if seconds < below:
+            return f"{two_digits(seconds / size):g} {unit}"
+    return f"{two_digits(seconds / 3600):g} h"

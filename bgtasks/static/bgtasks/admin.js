@@ -98,6 +98,21 @@
       : `${Math.floor(seconds / 86400)} d ${Math.floor((seconds % 86400) / 3600)} h`;
   }
 
+  // A percentile, of which two digits are known, and none below a tenth of a millisecond.
+  function roughly(seconds) {
+    if (seconds === null) {
+      return "–";
+    }
+    if (seconds < 0.0001) {
+      return "<0.1 ms";
+    }
+    const [value, unit] = seconds < 1 ? [seconds * 1000, "ms"]
+      : seconds < 100 ? [seconds, "s"]
+      : seconds < 6000 ? [seconds / 60, "min"]
+      : [seconds / 3600, "h"];
+    return `${Number(value.toPrecision(2))} ${unit}`;
+  }
+
   const whole = (seconds) => duration(seconds < 1 ? 0 : Math.round(seconds)).replace("0.0 ms", "0 s").replace(".0 s", " s");
   const processName = (entry) => `${entry.host}:${entry.pid}`;
 
@@ -304,7 +319,7 @@
       (row, of) => cells(row,
         [of.name, ...["spawned", "queued", "running", "succeeded", "failed", "dropped"].map((what) => number(of[what])),
           number(of.timed_out + of.cancelled + of.handed_off),
-          ...["wait_p50", "wait_p95", "run_p50", "run_p95"].map((what) => duration(of[what]))],
+          ...["wait_p50", "wait_p95", "run_p50", "run_p95"].map((what) => roughly(of[what]))],
         right.map((style, place) => (
           (place === 5 && of.failed) || (place === 6 && of.dropped) ? `${style} bt-alert` : style))));
   }

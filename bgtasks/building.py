@@ -1,0 +1,75 @@
+"""Building what a pool stands for, as BGTASKS says it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from django.apps import apps
+
+from bgtasks import conf
+from bgtasks.core.drainer import Drainer
+from bgtasks.core.log import log
+from bgtasks.core.queue import TaskQueue
+from bgtasks.core.shutdown import Shutdown
+from bgtasks.core.slots import Slots
+from bgtasks.core.task import Hooks
+from bgtasks.drops import DropLog
+from bgtasks.exceptions import PoolDoesNotExist
+
+
+class Built(NamedTuple):
+    """What a pool is made of."""
+
+    slots: Slots
+    shutdown: Shutdown
+    drops: DropLog
+    mode: str
+
+
+def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
+    """Return what a pool called `name` is made of. Nothing is started.
+
+    Raises:
+        PoolDoesNotExist: BGTASKS does not define this pool.
+        InvalidSettings: BGTASKS has a mistake.
+    """
+    config = conf.pool_config(name)
+    if config is None:
+        raise no_pool(name)
+    if apps.ready and not apps.is_installed("bgtasks"):
+        log(
+            logging.WARNING,
+            "'bgtasks' is not in INSTALLED_APPS: its settings are not checked, and what is queued "
+            "when the process ends is lost",
+        )
+    queue = TaskQueue(name, config.capacity, config.conn_max)
+    slots = _type_of_slots(name, config, hooks)(
+        queue,
+        hooks,
+        drainer.loop,
+        drainer.pace,
+        task_timeout=config.task_timeout,
+        shutdown_timeout=config.shutdown_timeout,
+        notify=drainer.notify,
+    )
+    return Built(slots, Shutdown(slots, drainer), DropLog(queue, drainer.loop.call_later), config.mode)
+
+
+def _type_of_slots(name: str, config: conf.PoolConfig, hooks: Hooks) -> Callable[..., Slots]:
+    if config.handoff_to is None:
+        return Slots
+    # Only a pool that hands off pays for importing them.
+    from bgtasks.handoff.engine import Engine
+    from bgtasks.handoff.slots import HandoffSlots
+
+    engine = Engine(config.handoff_to, name, hooks)
+    return partial(HandoffSlots, engine=engine, always=config.handoff_when == conf.ALWAYS)
+
+
+def no_pool(name: object) -> PoolDoesNotExist:
+    """Return the error that says which pools there are."""
+    defined = ", ".join(map(repr, conf.pool_names()))
+    return PoolDoesNotExist(f"no pool named {name!r}; BGTASKS defines: {defined}")

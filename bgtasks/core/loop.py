@@ -1,0 +1,109 @@
+"""The drainer's thread and its event loop, on which the asynchronous tasks of all pools run."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
+from functools import partial
+from time import sleep
+from typing import Any
+
+from bgtasks.core.log import log
+
+CLOSE_PATIENCE = 0.2  # seconds for what tasks have left behind on the loop
+BROKEN_PAUSE = 1.0  # seconds before a loop is run again that may be broken, and would do nothing but log
+
+
+class Loop:
+    """An event loop on a thread of its own, which any thread may have call something."""
+
+    def __init__(self, new_executor: Callable[[], ThreadPoolExecutor] = ThreadPoolExecutor) -> None:
+        self._new_executor = new_executor  # for asyncio.to_thread, and for look-ups
+        # Written under the drainer's lock, read without it.
+        self.running: asyncio.AbstractEventLoop | None = None
+        self.thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread and its loop.
+
+        Raises:
+            RuntimeError: The machine has no thread left, or the interpreter is exiting.
+        """
+        loop = asyncio.new_event_loop()
+        executor = self._new_executor()
+        loop.set_default_executor(executor)
+        arguments = loop, executor
+        thread = threading.Thread(target=self._main, args=arguments, name="bgtasks-drainer", daemon=True)
+        self.running, self.thread = loop, thread
+        try:
+            Context().run(thread.start)
+        except BaseException:
+            self.running = self.thread = None
+            loop.close()
+            raise
+
+    def stop(self) -> list[threading.Thread]:
+        """Tell the thread to end, and return it for joining if it is there."""
+        loop, thread = self.running, self.thread
+        self.running = self.thread = None
+        if loop is None or thread is None:
+            return []
+        loop.call_soon_threadsafe(loop.stop, context=Context())
+        return [thread]
+
+    def is_alive(self) -> bool:
+        """Tell whether the loop has its thread."""
+        thread = self.thread
+        return thread is not None and thread.is_alive()
+
+    def call_soon(self, callback: Callable[..., object], *args: Any) -> bool:
+        """Have `callback` called on the loop; False if the loop is not there."""
+        loop = self.running
+        if loop is None:
+            return False
+        try:
+            # In a context of its own: the default, the caller's, would be kept, and seen, by the loop.
+            loop.call_soon_threadsafe(callback, *args, context=Context())
+        except RuntimeError:
+            return False  # it has been closed since we looked
+        return True
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
+        """Call `callback` on the loop in `delay` seconds, unless the loop stops before."""
+        loop = self.running
+        if loop is not None:
+            self.call_soon(partial(loop.call_later, delay, callback, *args, context=Context()))
+
+    def _main(self, loop: asyncio.AbstractEventLoop, executor: ThreadPoolExecutor) -> None:
+        while self.running is loop:
+            try:
+                loop.run_forever()
+            except BaseException as error:
+                # asyncio lets SystemExit and KeyboardInterrupt pass, of coroutines that tasks left behind.
+                log(logging.ERROR, "the drainer's loop was interrupted; it goes on", error=error)
+                if not isinstance(error, SystemExit | KeyboardInterrupt):
+                    sleep(BROKEN_PAUSE)
+            else:
+                if self.running is loop:
+                    log(logging.ERROR, "the drainer's loop was stopped by a task; it goes on")
+        _close(loop)
+        executor.shutdown()  # its threads end before this one does: a fork waits for that
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what tasks have left behind on the `loop`, and close it."""
+    try:
+        left = asyncio.all_tasks(loop)
+        for runner in left:
+            runner.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=CLOSE_PATIENCE))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    except BaseException as error:
+        log(logging.ERROR, "the drainer's loop could not be emptied", error=error)
+    finally:
+        loop.close()

@@ -1,0 +1,147 @@
+"""How a pool ends: no new tasks, a time for the accepted ones, and a report of what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from time import monotonic
+
+from bgtasks.core.drainer import STOP_PATIENCE, Drainer, join
+from bgtasks.core.figures import Outcome
+from bgtasks.core.log import log
+from bgtasks.core.slots import Slots
+from bgtasks.core.task import Task, current_task
+
+START_PATIENCE = 0.1  # seconds for threads to be started, before a shutdown looks whether they can be
+
+
+class Shutdown:
+    """The shutdown of one pool.
+
+    It may be asked for again, by another thread or after an exception: every step starts from what it finds,
+    and the earliest deadline is in force.
+    """
+
+    def __init__(self, slots: Slots, drainer: Drainer) -> None:
+        self.slots = slots
+        self.lock = threading.RLock()  # held by whoever shuts the pool down
+        self.complete = False  # under the lock
+        self._drainer = drainer
+        self._deadline: float | None = None  # monotonic seconds; see hasten
+        self._bell: queue.SimpleQueue[object] = queue.SimpleQueue()  # wakes the one who shuts down
+        self._asked: list[Task] = []  # running tasks that shall end; under the lock
+        self._cancelled: list[Task] = []  # what was given up; under the lock
+        self._told = 0  # of these, how many the listeners know of; under the lock
+
+    @property
+    def deadline(self) -> float:
+        """When it gives up, in monotonic seconds."""
+        return monotonic() if self._deadline is None else self._deadline
+
+    def hasten(self, deadline: float) -> None:
+        """Give up at `deadline` (monotonic seconds), unless it does so before."""
+        self._deadline = min(deadline, self._deadline or deadline)
+        self._bell.put(None)
+
+    def wait(self, own: Task | None) -> None:
+        """Wait until nothing but `own` waits or runs, or the time is over; then cancel what waits."""
+        slots, tasks = self.slots, self.slots.queue
+        slots.wind_up(self.deadline)
+        while tasks.tasks() - {own}:
+            left = self.deadline - monotonic()
+            if left <= 0 or (tasks.held() and not self._drainer.ensure(slots)):
+                break  # or nobody is there to run them
+            # The start of threads may fail behind our back, and then nobody would wake us.
+            self._sleep(left if slots.all else min(left, START_PATIENCE), except_for={own})
+        tasks.cancel_waiting(self._cancelled)
+        self._tell()
+        self._asked += [task for task in tasks.running() if task is not own and task not in self._asked]
+        for slot in slots.all:
+            if (task := slot.task) is not None and task in self._asked and task.asynchronous:
+                slot.cancel(task)
+
+    def give_up(self, patience: float) -> None:
+        """Wait until `patience` (monotonic seconds) for cancelled coroutines, and give up what still runs."""
+        slots, tasks = self.slots, self.slots.queue
+        asked = {task for task in self._asked if task.asynchronous}
+        hopeless: set[Task | None] = {*tasks.tasks() - asked}
+        while tasks.tasks() - hopeless and (left := patience - monotonic()) > 0:
+            self._sleep(left, except_for=hopeless)
+        slots.abandon(self._cancelled)
+        tasks.give_up(self._asked, self._cancelled)
+        self._tell()
+
+    def _sleep(self, seconds: float, *, except_for: set[Task | None]) -> None:
+        """Sleep until all but these tasks have ended, the deadline is brought forward, or time is over."""
+        tasks = self.slots.queue
+        waiter = tasks.drain_waiter(except_for=except_for)
+        waiter.add_done_callback(self._bell.put)
+        with contextlib.suppress(queue.Empty):
+            self._bell.get(timeout=seconds)
+        waiter.cancel()
+
+    def _tell(self) -> None:
+        """Tell the listeners of the cancelled tasks that they do not know of yet."""
+        while self._told < len(self._cancelled):
+            task = self._cancelled[self._told]
+            task.discard()
+            self._told += 1
+            self.slots.hooks.finished(task, Outcome.CANCELLED, None)
+
+    def conclude(self, own: Task | None) -> tuple[int, list[threading.Thread]]:
+        """Report in one warning what was cancelled, and let the threads end.
+
+        Returns:
+            How many tasks were cancelled, and the threads to join.
+        """
+        pool = self.slots.queue.pool
+        known = set(self._cancelled)
+        by_themselves = [
+            task for task in self._asked if task.outcome is Outcome.CANCELLED and task not in known
+        ]
+        tasks = [*self._cancelled, *by_themselves]
+        if tasks:
+            counts = Counter(task.name for task in tasks).most_common()
+            names = ", ".join(f"{count} {name!r}" for name, count in counts)
+            log(logging.WARNING, "pool %r was shut down with %d tasks cancelled: %s", pool, len(tasks), names)
+        # No call in between, so it is said again as a whole or not at all.
+        self._cancelled, self._asked, self._told = [], [], 0
+        if own is not None and own in self.slots.queue.running():
+            return len(tasks), []  # it goes on, and may need its slot; the next call, at exit, ends that
+        threads = self._drainer.remove(self.slots)
+        self.complete = True
+        return len(tasks), threads
+
+
+def shut_down(plan: Mapping[Shutdown, float]) -> int | None:
+    """Shut pools down, side by side, each until its deadline in monotonic seconds.
+
+    Returns:
+        The number of cancelled tasks. None if a task asks for a shutdown that is under way: it would
+        only hold that up.
+    """
+    own = current_task()
+    shutdowns = sorted(plan, key=lambda shutdown: shutdown.slots.queue.pool)  # everybody locks in this order
+    for shutdown in shutdowns:
+        shutdown.slots.queue.close()
+        if own is None:
+            shutdown.hasten(plan[shutdown])  # another thread may be at it
+    with contextlib.ExitStack() as stack:
+        for shutdown in shutdowns:
+            if not shutdown.lock.acquire(blocking=own is None):
+                return None
+            stack.callback(shutdown.lock.release)
+            shutdown.hasten(plan[shutdown])
+        left = [shutdown for shutdown in shutdowns if not shutdown.complete]
+        for shutdown in sorted(left, key=lambda shutdown: shutdown.deadline):
+            shutdown.wait(own)
+        patience = monotonic() + STOP_PATIENCE
+        for shutdown in left:
+            shutdown.give_up(patience)
+        ends = [shutdown.conclude(own) for shutdown in left]
+        join([thread for _, threads in ends for thread in threads], STOP_PATIENCE)
+        return sum(number for number, _ in ends)

@@ -1,0 +1,176 @@
+"""A task, its life, and what the core asks of the application around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager
+from contextvars import Context, ContextVar
+from time import monotonic
+from typing import Any, cast
+
+from asgiref.sync import ThreadSensitiveContext
+
+from bgtasks.core.figures import BOUNDS, NameFigures, Outcome
+
+
+class Life(enum.Enum):
+    """Where a task is. One direction; every change is a step under the pool's lock."""
+
+    WAITING = "waiting"  # in the queue, or checked out of it
+    LENT = "lent"  # in a slot, whose loop has not begun it
+    RUNNING = "running"
+    ENDED = "ended"  # counted; its function may still be running if a shutdown has given it up
+
+
+class Task:
+    """One named unit of work, from ``spawn`` to its outcome."""
+
+    __slots__ = (
+        "__weakref__", "args", "asynchronous", "captured", "context", "continued", "figures", "function",
+        "kwargs", "life", "name", "outcome", "overran", "runner", "spawned_at", "started_at", "stop_reason",
+        "verdict",
+    )  # fmt: skip
+
+    started_at: float  # monotonic seconds; under the pool's lock
+    figures: NameFigures  # of its name; written as it is put, under the pool's lock
+    # Written by whoever runs the task, its slot's thread or the loop:
+    verdict: Outcome | None  # how its function ended, until that is counted
+    continued: bool  # it is the coroutine that a plain function returned
+    runner: asyncio.Task[None] | None  # while it waits on the loop
+    stop_reason: Outcome | None  # TIMED_OUT or CANCELLED, if it was asked to stop; written on the loop
+    overran: bool  # past TASK_TIMEOUT and still running; written by whoever sees it first
+
+    def __init__(  # noqa: PLR0917  # keywords would cost every spawn 0.1 µs
+        self,
+        name: str,
+        function: Callable[..., Any] | Coroutine[Any, Any, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        asynchronous: bool,
+        context: Context,
+        captured: object,
+    ) -> None:
+        self.name = name
+        self.function = function
+        self.args = args
+        self.kwargs = kwargs
+        self.asynchronous = asynchronous  # may become True once: a plain function can return a coroutine
+        self.context = context
+        self.captured = captured  # what the hooks captured beside the context
+        self.spawned_at = monotonic()
+        # Written under the pool's lock:
+        self.life = Life.WAITING
+        self.outcome: Outcome | None = None  # written once, as the task is counted
+
+    def begin(self) -> None:
+        """Start now, in the code that spawns it."""
+        self.started_at = monotonic()
+
+    def times(self, now: float) -> tuple[float, int, float, int]:
+        """Return the seconds that the task waited, and has run until `now`, each with its bucket."""
+        waited, ran = self.started_at - self.spawned_at, now - self.started_at
+        return waited, bisect_left(BOUNDS, waited), ran, bisect_left(BOUNDS, ran)
+
+    def end(self, outcome: Outcome, times: tuple[float, int, float, int]) -> bool:
+        """Count the running task as ended, with its `times`; False if it was before. Part of a step."""
+        figures = self.figures
+        waited, wait, ran, run = times
+        # No call from here on, so all of it is done or nothing.
+        if self.life is Life.ENDED:
+            return False
+        self.life, self.outcome = Life.ENDED, outcome
+        figures.running -= 1
+        figures.ended[outcome] += 1
+        figures.waits[wait] += 1
+        figures.runs[run] += 1
+        figures.wait_seconds += waited
+        figures.run_seconds += ran
+        figures.wait_max = waited if waited > figures.wait_max else figures.wait_max
+        figures.run_max = ran if ran > figures.run_max else figures.run_max
+        return True
+
+    def call(self) -> Any:
+        """Call the function with its arguments; for a coroutine object, return it."""
+        function = self.function
+        return function(*self.args, **self.kwargs) if callable(function) else function
+
+    def continue_with(self, coroutine: Coroutine[Any, Any, Any], context: Context, captured: object) -> None:
+        """Go on as `coroutine`, which the task's plain function has returned in `context`."""
+        self.function = coroutine
+        self.context, self.captured = context, captured
+        self.asynchronous = self.continued = True
+
+    def discard(self) -> None:
+        """Close the coroutine object of a task that will not run, so that Python does not warn of it."""
+        if not callable(self.function):
+            self.function.close()
+
+
+# The task in which the current code runs. Weak, since it lies in the context that the task itself holds.
+current: ContextVar[weakref.ref[Task]] = ContextVar("bgtasks.current")
+
+
+def current_task() -> Task | None:
+    """Return the task that the caller is a part of, on any thread or coroutine that has its context."""
+    reference = current.get(None)
+    return reference() if reference is not None else None
+
+
+class Hooks:
+    """What the core asks of the application around it. No hook may raise. These do next to nothing."""
+
+    def capture(self) -> object:
+        """Return what ``enter`` needs beside a copy of the caller's context."""
+
+    def enter(self, context: Context, captured: object) -> None:  # noqa: ARG002
+        """Make the current context, a new one, the task's, of what was captured where it was spawned."""
+        for variable, value in context.items():
+            variable.set(value)
+
+    def leave(self) -> None:
+        """Let go of what the task's context holds open. Called inside the task's context."""
+
+    def slot_context(self, slot: Executor) -> Callable[[], AbstractContextManager[None]]:
+        """Return what makes the context, one a task, in which `slot` has the thread-sensitive calls."""
+        return lambda: PublicSlotContext(slot)
+
+    def clean(self) -> None:
+        """Close or return this thread's database connections as Django does after a request."""
+
+    def close(self) -> None:
+        """Close all that this thread holds: it ends."""
+
+    def watched(self) -> bool:
+        """Tell whether anybody listens to ``started`` and ``finished``."""
+        return False
+
+    def started(self, task: Task) -> None:
+        """Tell the listeners that `task` starts."""
+
+    def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
+        """Tell the listeners that `task` has ended."""
+
+    def failed(self, task: Task, outcome: Outcome, error: BaseException) -> bool:  # noqa: ARG002
+        """Keep what `task` raised, to be looked at; True if it has logged that by itself."""
+        return False
+
+
+class PublicSlotContext(ThreadSensitiveContext):
+    """asgiref's asynchronous context, which waits for nothing, as a plain one."""
+
+    def __init__(self, slot: Executor) -> None:
+        super().__init__(executor=slot)
+
+    def __enter__(self) -> None:
+        with contextlib.suppress(StopIteration):
+            self.__aenter__().send(None)  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(StopIteration):
+            cast(Any, self).__aexit__(None, None, None).send(None)

@@ -1,0 +1,88 @@
+"""The slots of a pool that hands tasks off: the mover takes the place of one of them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from bgtasks.core.log import log
+from bgtasks.core.loop import Loop
+from bgtasks.core.pace import Pace
+from bgtasks.core.queue import TaskQueue
+from bgtasks.core.slots import Slots
+from bgtasks.core.task import Hooks, Task
+from bgtasks.handoff.engine import Engine
+from bgtasks.handoff.mover import Mover
+
+
+class HandoffSlots(Slots):
+    """The slots of one pool, of which one is the mover."""
+
+    def __init__(
+        self,
+        queue: TaskQueue,
+        hooks: Hooks,
+        loop: Loop,
+        pace: Pace,
+        *,
+        engine: Engine,
+        always: bool,
+        task_timeout: float | None,
+        shutdown_timeout: float,
+        notify: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__(
+            queue,
+            hooks,
+            loop,
+            pace,
+            task_timeout=task_timeout,
+            shutdown_timeout=shutdown_timeout,
+            notify=notify,
+        )
+        self.runners -= 1
+        self.mover = Mover(queue, hooks, engine, loop, always=always)
+        self.look = self.mover.look
+
+    def open(self) -> None:
+        """Start the slots' threads, and the mover's. Without that one, everything runs here."""
+        super().open()
+        try:
+            self.mover.open()
+        except RuntimeError as error:
+            self.mover.bypass()
+            log(logging.ERROR, "pool %r hands nothing off", self.queue.pool, error=error)
+
+    def stop(self) -> list[threading.Thread]:
+        """Have every slot end after what it does now, and return the threads to join."""
+        return [*self.mover.stop(), *super().stop()]
+
+    def threads(self) -> list[threading.Thread]:
+        """Return the threads of the slots."""
+        mover = self.mover.thread
+        return super().threads() if mover is None else [*super().threads(), mover]
+
+    def unseat_if_idle(self) -> bool:
+        """Have nothing start, for a fork; False if something runs or is being moved."""
+        if not super().unseat_if_idle():
+            return False
+        # From here on the mover begins no pass: it does so only while there are seats.
+        if self.mover.thread is None or not (self.mover.in_pass or self.queue.checked_out):
+            return True
+        self.queue.seat(self.all)
+        return False
+
+    def wind_up(self, deadline: float) -> None:
+        """Have everything that waits, and can travel, moved until `deadline` (monotonic seconds)."""
+        self.mover.wind_up(deadline)
+
+    def abandon(self, cancelled: list[Task]) -> None:
+        """Give up what is still checked out, and move it to `cancelled`."""
+        asked = self.mover.unanswered()
+        before = len(cancelled)
+        self.queue.cancel_waiting(cancelled, checked_out=True)
+        number = len(asked.intersection(cancelled[before:]))
+        if number:
+            message = "the engine %r has not answered for %d tasks of pool %r: it may have them, or not"
+            log(logging.WARNING, message, self.mover.engine.alias, number, self.queue.pool)

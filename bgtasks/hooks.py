@@ -1,0 +1,329 @@
+"""What the core needs of Django: the context of a task, the connections of a slot, the signals."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from contextvars import Context
+from datetime import tzinfo
+from functools import partial
+from threading import get_ident
+from time import monotonic, time
+from typing import Any, ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
+
+from django.core.cache import caches
+from django.db import connections
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.dispatch import Signal
+from django.utils import timezone, translation
+
+from bgtasks import shortcuts
+from bgtasks.core.figures import DropReason, Outcome
+from bgtasks.core.log import log
+from bgtasks.core.task import Hooks, Task
+from bgtasks.signals import task_dropped, task_finished, task_spawned, task_started
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LAST = 20  # failures and drops of a pool that are kept to be looked at
+OWN_PACKAGE = "bgtasks.core."  # the frames by which a task is called
+FRAMES = 30  # the innermost frames of a traceback that are kept of each exception in it
+TEXT_MAX = 4000  # characters of a traceback that are kept: the end of it, which says what happened
+
+NOT_RUN = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF})  # outcomes of which a task does not know itself
+
+# What a copied context carries of the spawner's thread, by the names of asgiref's context variables:
+# thread-tagged storage (it holds the request's cache connections, which sync_to_async would bring to life
+# again inside the task) and the executor on which the request runs its thread-sensitive calls.
+THREAD_BOUND = frozenset(
+    {"asgiref.local", "async_single_thread_context", "deadlock_context", "thread_sensitive_context"}
+)
+
+
+class Scope(NamedTuple):
+    """The language and time zone that are active where a task is spawned.
+
+    Django keeps both in asgiref's ``Local``, which tags its data with a thread: in a copied context they
+    are invisible on any other, and a French user's mail would go out in English.
+    """
+
+    language: str | None
+    time_zone: tzinfo
+
+    @classmethod
+    def capture(cls) -> Scope:
+        """Return the scope of the caller."""
+        return cls(translation.get_language(), timezone.get_current_timezone())
+
+    def activate(self) -> None:
+        """Make it the scope of the caller."""
+        if self.language is None:
+            translation.deactivate_all()
+        else:
+            translation.activate(self.language)
+        timezone.activate(self.time_zone)
+
+
+# Called where a task is spawned. Returns what ``DjangoHooks.enter`` needs beside a copy of the context: the
+# thread with which asgiref has tagged the language and time zone in there, or else these two themselves.
+capture: Callable[[], object] = get_ident if shortcuts.UNDERSTANDS_LOCAL else Scope.capture
+
+
+def close_connections() -> None:
+    """Close the database connections of this thread."""
+    for connection in shortcuts.open_connections():
+        try:
+            connection.close()
+            if connection.connection is not None and not connection.in_atomic_block:
+                # SQLite in memory, as in tests, where Django's own close() does nothing, so as not to lose
+                # the data. Those of a test are kept by the connection of the thread that runs it.
+                BaseDatabaseWrapper.close(connection)
+        except Exception as error:
+            log(logging.ERROR, "connection %r could not be closed", connection.alias, error=error)
+
+
+class Tracer(Protocol):
+    """Who follows each task from its spawn to its end. It may raise: that is logged."""
+
+    def spawn(self, pool: str, task: Task, submit: Callable[[], bool]) -> bool:
+        """Call `submit` and return what it returns. The task's context may be written to before that."""
+        ...
+
+    def refused(self, pool: str, name: str) -> None:
+        """Hear that a task called `name` was not even made: the pool is full."""
+        ...
+
+    def started(self, pool: str, task: Task) -> None:
+        """Hear that `task` starts. Called in the task's context."""
+        ...
+
+    def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
+        """Hear that `task` has ended. Called in the task's context if it has run to its end."""
+        ...
+
+
+class Helpers(ThreadPoolExecutor):
+    """The threads of ``asyncio.to_thread`` and of look-ups on the drainer's loop.
+
+    CONN_MAX does not limit them. At least they keep no connection: nobody else would ever close it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(thread_name_prefix="bgtasks-helper")
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call `fn` on one of the threads, and close what it has opened there."""
+        # A new thread is started in here, and shall not inherit the context of the first task.
+        return Context().run(super().submit, _call_and_close, partial(fn, *args, **kwargs))
+
+
+def _call_and_close(fn: Callable[[], T]) -> T:
+    try:
+        return fn()
+    finally:
+        close_connections()
+
+
+class Recorded(ABC):
+    """A task's function that keeps a record of its own, as those of ``django.tasks`` do.
+
+    It has logged by itself what it raises. Of an end that it does not see, it is told.
+    """
+
+    @abstractmethod
+    def __call__(self) -> Any:
+        """Run the task, or return its coroutine."""
+
+    @abstractmethod
+    def finished(self, outcome: Outcome) -> None:
+        """Hear that the task was cancelled or handed off."""
+
+    @abstractmethod
+    def description(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """Return the task of ``django.tasks``, and its arguments in a form that travels."""
+
+    @abstractmethod
+    def sent(self, alias: str, result_id: str) -> None:
+        """Hear under what id the engine knows the task, if it is handed off."""
+
+
+class Failure(NamedTuple):
+    """One of the last tasks that raised. It holds text only, nothing of the task itself."""
+
+    at: float  # seconds since the epoch
+    name: str
+    outcome: str
+    error: str  # the type
+    traceback: str  # without the values of variables
+    wait_s: float
+    run_s: float
+
+
+class Drop(NamedTuple):
+    """One of the last tasks that were not accepted."""
+
+    at: float  # seconds since the epoch
+    name: str
+    reason: str
+
+
+class Recent:
+    """The last failures and drops of one pool, to be looked at. To append to a deque needs no lock."""
+
+    def __init__(self) -> None:
+        self.failures: deque[Failure] = deque(maxlen=LAST)
+        self.drops: deque[Drop] = deque(maxlen=LAST)
+
+
+def traceback_text(error: BaseException) -> str:
+    """Return the traceback of `error`, bounded, with no value of any variable. Never raises."""
+    try:
+        trace = error.__traceback__
+        while trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(OWN_PACKAGE):
+            trace = trace.tb_next
+        lines = traceback.TracebackException(
+            type(error), error, trace or error.__traceback__, limit=-FRAMES, compact=True
+        ).format()
+        text = "".join(lines).rstrip()
+    except BaseException as other:
+        text = f"{type(error).__name__} (its traceback raised {type(other).__name__})"
+    return text if len(text) <= TEXT_MAX else "[...]\n" + text[-TEXT_MAX:]
+
+
+class DjangoHooks(Hooks):
+    """The hooks of one pool."""
+
+    tracer: ClassVar[Tracer | None] = None  # of all pools
+
+    def __init__(self, sender: object) -> None:
+        self._sender = sender  # of the signals
+        self._name: str = getattr(sender, "name", "")
+        self.recent = Recent()
+
+    # The context of a task.
+
+    def capture(self) -> object:
+        """Return what ``enter`` needs beside a copy of the caller's context."""
+        return capture()
+
+    def enter(self, context: Context, captured: object) -> None:
+        """Fill the task's empty context: the spawner's variables, and its language and time zone.
+
+        What else is bound to the spawner's thread stays behind. `context` is a copy of the spawner's, and
+        `captured` what ``capture`` returned there.
+        """
+        language, time_zone = shortcuts.scope_variables() if shortcuts.UNDERSTANDS_LOCAL else (None, None)
+        for variable, value in context.items():
+            if variable.name not in THREAD_BOUND:
+                variable.set(value)
+            # Data with another thread's tag was not the spawner's: it had only inherited it.
+            elif (variable is language or variable is time_zone) and value.thread_id == captured:
+                variable.set(shortcuts.moved(value))
+        if isinstance(captured, Scope):
+            captured.activate()
+
+    def leave(self) -> None:
+        """Close the cache connections of the task's context, as Django does after a request."""
+        if not shortcuts.has_caches():
+            return
+        for cache in caches.all(initialized_only=True):
+            try:
+                cache.close()
+            except BaseException as error:
+                log(logging.ERROR, "a cache could not be closed after a task", error=error)
+
+    def slot_context(self, slot: Executor) -> Callable[[], AbstractContextManager[None]]:
+        """Return what makes the contexts in which `slot` has the thread-sensitive calls of its tasks."""
+        return shortcuts.SlotContexts(slot) if shortcuts.UNDERSTANDS_CONTEXT else super().slot_context(slot)
+
+    # The connections of a slot's thread.
+
+    def clean(self) -> None:
+        """Leave each database connection of this thread as Django leaves it between two requests.
+
+        Like the receivers of ``request_started`` and ``request_finished``: a pooled connection goes back to
+        its pool, one past its CONN_MAX_AGE or in an error is closed. One that a task has left inside an
+        atomic block is thrown away, or all tasks after it would write into a transaction that never ends.
+        """
+        for connection in shortcuts.open_connections():
+            try:
+                connection.queries_log.clear()
+                if connection.in_atomic_block:
+                    connection.close()
+                    del connections[connection.alias]
+                else:
+                    connection.close_if_unusable_or_obsolete()
+            except Exception as error:
+                log(logging.ERROR, "connection %r could not be reset", connection.alias, error=error)
+                with contextlib.suppress(Exception):
+                    connection.close()  # or its pool would miss it for ever
+                del connections[connection.alias]
+
+    def close(self) -> None:
+        """Close the database connections of this thread."""
+        close_connections()
+
+    # The signals.
+
+    def watched(self) -> bool:
+        """Tell whether ``task_started`` or ``task_finished`` has a receiver, or tasks are traced."""
+        return bool(task_started.receivers or task_finished.receivers or self.tracer)
+
+    def spawned(self, name: str) -> None:
+        """Send ``task_spawned``."""
+        self._send(task_spawned, name=name)
+
+    def dropped(self, name: str, reason: DropReason) -> None:
+        """Send ``task_dropped``, and keep the drop among the last ones."""
+        why = reason.value
+        self.recent.drops.append(Drop(time(), name, why))
+        if task_dropped.receivers:
+            self._send(task_dropped, name=name, reason=why)
+
+    def started(self, task: Task) -> None:
+        """Send ``task_started``."""
+        if self.tracer is not None:
+            self._trace(self.tracer.started, self._name, task)
+        self._send(task_started, name=task.name)
+
+    def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
+        """Send ``task_finished``, and tell a task that was not run to its end, if it wants to know."""
+        if outcome in NOT_RUN and isinstance(task.function, Recorded):
+            try:
+                task.function.finished(outcome)
+            except BaseException as problem:
+                log(logging.ERROR, "the end of task %r could not be recorded", task.name, error=problem)
+        self._send(task_finished, name=task.name, outcome=outcome.label, error=error)
+        if self.tracer is not None:
+            self._trace(self.tracer.finished, task, outcome, error)
+
+    def _trace(self, step: Callable[..., None], *args: object) -> None:
+        try:
+            step(*args)
+        except BaseException as error:
+            log(logging.ERROR, "a task could not be traced", error=error)
+
+    def _send(self, signal: Signal, **named: Any) -> None:
+        if not signal.receivers:
+            return
+        try:
+            signal.send_robust(sender=self._sender, **named)
+        except BaseException as error:
+            # send_robust lets a SystemExit pass, and cannot run an async receiver beside a running loop.
+            log(logging.ERROR, "a receiver could not be called", error=error)
+
+    def failed(self, task: Task, outcome: Outcome, error: BaseException) -> bool:
+        """Keep what `task` raised, as text, among the last failures; True if it has logged that itself."""
+        waited, ran = task.started_at - task.spawned_at, monotonic() - task.started_at
+        kind = type(error).__name__
+        self.recent.failures.append(
+            Failure(time(), task.name, outcome.label, kind, traceback_text(error), waited, ran)
+        )
+        return isinstance(task.function, Recorded)

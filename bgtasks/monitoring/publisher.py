@@ -1,0 +1,244 @@
+"""Where a process tells the others of its site what it does, through Django's cache.
+
+A thread publishes a snapshot every INTERVAL seconds while tasks come and go, and a last one after they have
+ended. Then it ends: an idle process makes no wake-ups. It is no slot, so it works while all slots are stuck;
+and it is not the drainer's loop, so a cache that answers slowly holds up no task. Of a database cache
+it uses one connection, for the moment of publishing.
+
+The cache has no list of its keys. So each process claims one of PLACES keys of known names with ``add``,
+which is atomic, and writes its id there; the snapshot lies under the id.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextvars import Context
+from time import monotonic, time
+from typing import Any
+from urllib.parse import quote
+
+from django.core.cache import BaseCache, caches
+
+from bgtasks import conf
+from bgtasks.core.drainer import FORK_PATIENCE, STOP_PATIENCE, Drainer
+from bgtasks.core.figures import PoolStats
+from bgtasks.core.log import log
+from bgtasks.core.slots import Slots
+from bgtasks.hooks import close_connections
+from bgtasks.monitoring import snapshot
+from bgtasks.monitoring.thread import BackgroundThread
+
+PLACES = 256  # processes of a site that can be seen
+KEPT = 3600  # seconds that the cache keeps a snapshot
+SIZE_MAX = 900_000  # bytes of a snapshot; Memcached takes a million
+HISTORY = 300.0  # seconds of samples
+COMPLAIN_INTERVAL = 60.0  # seconds between two warnings that a snapshot could not be published
+
+
+def place_key(number: int) -> str:
+    """Return the key under which a process writes its id."""
+    return f"bgtasks.{snapshot.VERSION}.process.{number}"
+
+
+def snapshot_key(process: str) -> str:
+    """Return the key of a process's snapshot."""
+    return f"bgtasks.{snapshot.VERSION}.snapshot.{quote(process, safe=':')}"
+
+
+def pause_key(pool: str) -> str:
+    """Return the key that is there as long as a pool shall be paused."""
+    return f"bgtasks.{snapshot.VERSION}.paused.{quote(pool, safe='')}"[:200]
+
+
+class Publisher(BackgroundThread):
+    """The thread that publishes, while there is something to publish."""
+
+    role = "publisher"
+
+    def __init__(self, drainer: Drainer, built: Callable[[], Iterable[Slots]]) -> None:
+        self._drainer = drainer
+        self._built = built  # what runs the tasks of each pool
+        self.listeners: list[Callable[[], None]] = []  # called before each publishing, on its thread
+        self.config: conf.SnapshotConfig | None = None  # written by configure
+        self._complained_at = -COMPLAIN_INTERVAL  # monotonic seconds
+        super().__init__()
+
+    def forget(self) -> None:
+        """Be another process, with no thread and nothing published: this is a forked child."""
+        super().forget()
+        self.identity = snapshot.Identity()
+        self.place: int | None = None  # the number of the key that holds our id; written by the thread
+        self.history: dict[str, deque[snapshot.Sample]] = {}  # by pool; written by the thread
+        self._seen: dict[str, PoolStats] = {}  # the last time we looked; written by the thread
+        self._io = threading.Lock()  # held while the cache is used
+        self._forking = False  # a fork holds _io; written by whoever forks
+
+    def configure(self) -> None:
+        """Read the setting BGTASKS_SNAPSHOT."""
+        self.config = conf.snapshot_config()
+
+    # The life of the process.
+
+    def before_fork(self) -> None:
+        """Let no fork happen in the middle of a use of the cache, whose locks the child would inherit."""
+        self._forking = self._io.acquire(timeout=FORK_PATIENCE)
+
+    def after_fork_in_parent(self) -> None:
+        """Let the thread go on."""
+        if self._forking:
+            self._forking = False
+            self._io.release()
+
+    def leave(self) -> None:
+        """Take back what was published, and call the listeners a last time: the process ends."""
+        if self.place is None and not self.listeners:
+            return
+        thread = threading.Thread(target=self._leave, name="bgtasks-publisher", daemon=True)
+        try:
+            Context().run(thread.start)
+        except RuntimeError:
+            return  # too late: the others will see that the process is gone
+        thread.join(STOP_PATIENCE)  # the cache may not answer
+
+    # The thread.
+
+    def _is_wanted(self) -> bool:
+        return self.config is not None or bool(self.listeners)
+
+    def _is_needed(self) -> bool:
+        return self._look()[1]
+
+    def _run(self, stop: threading.Event) -> None:
+        interval = self.config.interval if self.config else conf.SnapshotConfig().interval
+        try:
+            while self._beat(stopping=stop.is_set()) and not stop.is_set():
+                stop.wait(interval)
+        finally:
+            self._close()
+
+    def _look(self) -> tuple[dict[str, PoolStats], bool]:
+        """Return the figures of all pools, and whether anything happens."""
+        pools = list(self._built())
+        stats = {slots.queue.pool: slots.queue.stats() for slots in pools}
+        busy = any(of.queued or of.running for of in stats.values())
+        return stats, busy or stats != self._seen or any(slots.queue.paused for slots in pools)
+
+    def _beat(self, *, stopping: bool) -> bool:
+        """Publish, and learn whether a pool shall be paused; False if nothing happens any more."""
+        self._seen, busy = self._look()
+        self._remember(time())
+        self._call_listeners()
+        if self.config is not None:
+            try:
+                self._exchange(self.config.cache, idle=not busy or stopping)
+            except Exception as error:
+                self._complain("the snapshot could not be published", error)
+            finally:
+                # The connection of a database cache is nothing to keep between two beats.
+                close_connections()
+        return busy
+
+    def _remember(self, now: float) -> None:
+        for pool, of in self._seen.items():
+            samples = self.history.setdefault(pool, deque())
+            ended = of.succeeded + of.failed + of.timed_out + of.cancelled + of.handed_off
+            samples.append((round(now, 2), of.queued, of.running, ended, of.dropped))
+            while len(samples) > 1 and samples[0][0] < now - HISTORY:
+                samples.popleft()
+
+    def _call_listeners(self) -> None:
+        for listener in self.listeners:
+            try:
+                listener()
+            except Exception as error:
+                self._complain("a listener of the publisher has failed", error)
+
+    def _exchange(self, alias: str, *, idle: bool) -> None:
+        pools = {pause_key(slots.queue.pool): slots.queue for slots in self._built()}
+        content = encode(self.snapshot(idle=idle))
+        # Nothing in here takes a pool's lock: a fork holds them all while it waits for this one.
+        with self._io:
+            cache = caches[alias]
+            self._publish(cache, content)
+            paused = cache.get_many(pools)
+        for key, queue in pools.items():
+            if key not in paused and queue.paused:
+                queue.resume()
+                log(logging.INFO, "pool %r is resumed", queue.pool)
+            elif key in paused and not queue.paused and queue.pause():
+                log(logging.INFO, "pool %r is paused", queue.pool)
+
+    def _publish(self, cache: BaseCache, content: str) -> None:
+        mine = self.identity.id
+        # It may have expired, or the cache have been cleared, and the place be somebody else's by now.
+        if self.place is None or cache.get(place_key(self.place)) != mine:
+            self.place = self._claim(cache)
+        if self.place is None:
+            self._complain(f"more than {PLACES} processes publish; this one cannot be seen", None)
+            return
+        refused: Any = cache.set_many({place_key(self.place): mine, snapshot_key(mine): content}, KEPT)
+        if refused:
+            self._complain("the cache has refused the snapshot", None)
+
+    def _claim(self, cache: BaseCache) -> int | None:
+        first = random.randrange(PLACES)  # noqa: S311  # only so that most find a free place at once
+        for step in range(PLACES):
+            number = (first + step) % PLACES
+            if cache.add(place_key(number), self.identity.id, KEPT):
+                return number
+        return None
+
+    def _leave(self) -> None:
+        place, self.place = self.place, None
+        try:
+            self._call_listeners()
+            if place is not None and self.config is not None:
+                cache = caches[self.config.cache]
+                cache.delete(snapshot_key(self.identity.id))
+                if cache.get(place_key(place)) == self.identity.id:
+                    cache.delete(place_key(place))
+        except Exception as error:
+            self._complain("the snapshot could not be taken back", error)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Let go of what this thread holds open."""
+        try:
+            for cache in caches.all(initialized_only=True):
+                cache.close()
+        except Exception as error:
+            self._complain("a cache could not be closed", error)
+        close_connections()
+
+    def _complain(self, what: str, error: BaseException | None) -> None:
+        if monotonic() - self._complained_at >= COMPLAIN_INTERVAL:
+            self._complained_at = monotonic()
+            log(logging.WARNING, what, error=error)
+
+    # For readers.
+
+    def snapshot(self, *, idle: bool = False) -> snapshot.Json:
+        """Return what this process does now."""
+        interval = conf.SnapshotConfig().interval if self.config is None else self.config.interval
+        history = {pool: list(samples.copy()) for pool, samples in self.history.copy().items()}
+        return snapshot.take(
+            self.identity, self._drainer, list(self._built()), history, idle=idle, interval=interval
+        )
+
+
+def encode(content: snapshot.Json) -> str:
+    """Return a snapshot as JSON, without its longest parts if it would be too large for a cache."""
+    text = json.dumps(content, separators=(",", ":"))
+    if len(text) <= SIZE_MAX:
+        return text
+    for pool in content["pools"]:
+        for entry in [*pool["running"], *pool["failures"]]:
+            entry["stack" if "stack" in entry else "traceback"] = None
+        pool["names"] = pool["names"][:50]
+    return json.dumps(content, separators=(",", ":"))

@@ -1,0 +1,150 @@
+"""The life of the process: its exit, its forks, and servers that announce a shutdown in their own ways."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from math import inf
+from time import monotonic
+from typing import Any, Protocol
+
+from asgiref.sync import AsyncToSync, SyncToAsync
+
+from bgtasks.core.drainer import Drainer
+from bgtasks.core.log import log
+
+EXIT_ATTEMPTS = 100  # at a report of what is left, while signal handlers raise
+LOOK_INTERVAL = 1.0  # seconds between two looks for an event loop without a lifespan
+
+_threadlocal = SyncToAsync.threadlocal  # where asgiref notes for which loop a thread works
+
+
+class Lifespan:
+    """Whether this process will hear of its server's shutdown.
+
+    On uvicorn no exit hook runs: without ``bgtasks.asgi.lifespan`` what is queued is lost at each deploy.
+    """
+
+    def __init__(self) -> None:
+        self.settled = False  # a lifespan was seen, or its absence was reported; one direction
+        self.look_at = 0.0  # monotonic seconds, from when on a spawn shall ``look``
+
+    def look(self, drainer: Drainer) -> None:
+        """Report once that a task is spawned on an event loop, and no lifespan was ever seen.
+
+        It would be a tenth of what a spawn costs, so it is done once a second at most.
+        """
+        if self.settled:
+            self.look_at = inf
+            return
+        self.look_at = monotonic() + LOOK_INTERVAL
+        # Of this thread or, in a sync view under ASGI, of the thread that waits for it.
+        loop = asyncio._get_running_loop() or vars(_threadlocal).get("main_event_loop")
+        if loop is None or loop is drainer.loop.running:
+            return
+        # That of an async view under WSGI lives for one request, and its thread remembers it afterwards.
+        if loop in AsyncToSync.loop_thread_executors or not loop.is_running():
+            return
+        self.settled = True
+        log(
+            logging.WARNING,
+            "tasks are spawned on an event loop, and the server has not announced its lifespan: "
+            "under uvicorn they would be lost at shutdown; write in asgi.py: "
+            "application = bgtasks.asgi.lifespan(get_asgi_application())",
+        )
+
+
+lifespan = Lifespan()
+
+
+def has_forked() -> bool:
+    """Tell whether this process may have threads: False in uWSGI before it forks its workers.
+
+    It loads the application, unless told not to (``lazy-apps``), and then forks in C, past Python's hooks.
+    Threads started before would be missing in the workers. They could not even run here, since uWSGI keeps
+    the GIL.
+    """
+    uwsgi: Any = sys.modules.get("uwsgi")  # built in there
+    if not hasattr(uwsgi, "worker_id"):
+        return True
+    # A worker has a number. A mule or a spooler has none, but neither is it the master; 0 is no master.
+    return bool(uwsgi.worker_id()) or uwsgi.masterpid() not in {0, os.getpid()}
+
+
+class Forking(Protocol):
+    """What prepares for a fork, and goes on after it."""
+
+    def before_fork(self) -> None:
+        """Called in the parent, before."""
+
+    def after_fork_in_parent(self) -> None:
+        """Called in the parent, after."""
+
+
+class ProcessHooks:
+    """The hooks of this process, which are installed once."""
+
+    def __init__(
+        self,
+        shutdown: Callable[..., object],
+        start: Callable[[], None],
+        after_fork_in_child: Callable[[], None],
+    ) -> None:
+        self._shutdown = shutdown  # of all pools
+        self._start = start  # starts the drainer
+        self._after_fork_in_child = after_fork_in_child
+        self._installed = False
+
+    def install(self, *forking: Forking) -> None:
+        """Have the pools shut down at exit, and `forking` called at each fork, the last one first."""
+        if self._installed:
+            return
+        self._installed = True
+        if hasattr(os, "register_at_fork"):
+            for each in forking:
+                os.register_at_fork(before=each.before_fork, after_in_parent=each.after_fork_in_parent)
+            os.register_at_fork(after_in_child=self._after_fork_in_child)
+        # At atexit time sync_to_async and to_thread fail already. The hooks of threading run before, newest
+        # first, so ours has to come after that of concurrent.futures, which ends the executors.
+        importlib.import_module("concurrent.futures.thread")
+        register: Callable[[Callable[[], object]], object] = getattr(
+            threading, "_register_atexit", atexit.register
+        )
+        register(self._on_exit)
+        if not has_forked():
+            # With its threads from the start, a worker is not caught by a signal while it starts them. If
+            # somebody replaces this hook, the worker's first spawn starts them.
+            uwsgi: Any = sys.modules["uwsgi"]
+            other_hook = getattr(uwsgi, "post_fork_hook", lambda: None)
+            uwsgi.post_fork_hook = partial(self._on_uwsgi_fork, other_hook)
+        # Inside Apache, where a module of that name is built in, neither of them runs reliably.
+        mod_wsgi: Any = sys.modules.get("mod_wsgi")
+        if hasattr(mod_wsgi, "subscribe_shutdown"):
+            mod_wsgi.subscribe_shutdown(self._on_mod_wsgi_shutdown)
+
+    def _on_exit(self) -> None:
+        try:
+            self._shutdown()
+        except BaseException:
+            # A second Ctrl-C, or a signal handler that raises SystemExit: nobody wants to wait any longer. A
+            # third does not cost the account: what is left to do takes a moment, and goes on each time.
+            for _ in range(EXIT_ATTEMPTS):
+                with contextlib.suppress(BaseException):
+                    self._shutdown(timeout=0)
+                    break
+            raise
+
+    def _on_uwsgi_fork(self, other_hook: Callable[[], object]) -> None:
+        other_hook()
+        self._start()
+
+    def _on_mod_wsgi_shutdown(self, _event: str, **_payload: object) -> None:
+        self._shutdown()

@@ -1,0 +1,101 @@
+"""Making a task of what ``spawn`` was given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
+from time import monotonic
+from types import FunctionType
+from typing import Any, ParamSpec, Protocol
+
+from bgtasks import django_tasks
+from bgtasks.core.task import Task
+from bgtasks.hooks import capture
+
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+_COROUTINE = inspect.CO_COROUTINE
+
+P = ParamSpec("P")
+
+
+class DjangoTask(Protocol[P]):
+    """A task made by ``@django.tasks.task`` (Django 6.0)."""
+
+    @property
+    def func(self) -> Callable[P, object]:
+        """The decorated function."""
+        ...
+
+
+def make_task(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
+    """Return the task that ``spawn(name, task, *args, **kwargs)`` asks for, with the caller's context.
+
+    Raises:
+        TypeError: `name` is not a string, or `task` is nothing that can be run.
+    """
+    if type(name) is not str:
+        name = _plain_name(name, task)
+    try:
+        flags = task.__code__.co_flags
+    except AttributeError:
+        task, asynchronous = _resolve(name, task, args, kwargs)
+    else:
+        if flags & _GENERATOR:
+            raise TypeError(
+                f"task {name!r} is a generator function; calling it only creates a generator, "
+                "and its body would never run"
+            )
+        asynchronous = flags & _COROUTINE != 0
+    return Task(name, task, args, kwargs, asynchronous, copy_context(), capture())
+
+
+def is_function(name: object, task: Any) -> bool:
+    """Tell whether these are an ordinary name and function, which need no closer look."""
+    return type(name) is str and type(task) is FunctionType and not task.__code__.co_flags & _GENERATOR
+
+
+def _plain_name(name: object, task: object) -> str:
+    if not isinstance(name, str):
+        if inspect.iscoroutine(task):
+            task.close()
+        raise TypeError(f"the name of a task must be a str, not {name!r}")
+    return str.__str__(name)  # of a StrEnum or a SafeString
+
+
+def _resolve(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """Return what to run of a `task` that is no function, and whether it is asynchronous."""
+    if inspect.iscoroutine(task):
+        if args or kwargs:
+            task.close()
+            raise TypeError(f"task {name!r} is a coroutine object, which takes no arguments")
+        return task, True
+    if django_tasks.is_task(task):
+        function = partial(django_tasks.call_with_context, task) if task.takes_context else task.func
+        return function, inspect.iscoroutinefunction(task.func)
+    if not callable(task):
+        raise TypeError(
+            f"task {name!r} is {task!r}, which cannot be called; "
+            "pass the function itself and its arguments, not the result of calling it"
+        )
+    return task, inspect.iscoroutinefunction(task) or inspect.iscoroutinefunction(type(task).__call__)
+
+
+class OnCommit:
+    """Submits a task when a transaction commits. If it never does, a coroutine object is closed."""
+
+    def __init__(self, submit: Callable[[Task], object], task: Task) -> None:
+        self._submit = submit
+        self._task: Task | None = task
+
+    def __call__(self) -> None:
+        """Submit the task, unless that was done before."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.spawned_at = monotonic()
+            self._submit(task)
+
+    def __del__(self) -> None:
+        if self._task is not None:
+            self._task.discard()

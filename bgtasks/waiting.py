@@ -1,0 +1,138 @@
+"""Waiting for tasks, and ending pools: one pool or all of them, from plain and from asynchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
+from time import monotonic
+
+from bgtasks.building import Built
+from bgtasks.core.drain import DrainWaiter
+from bgtasks.core.drainer import Drainer
+from bgtasks.core.shutdown import shut_down
+from bgtasks.core.task import current_task
+
+
+class Waitable(ABC):
+    """What one pool and all pools together have in common: code can wait for their tasks, and end them."""
+
+    def __init__(self, drainer: Drainer) -> None:
+        self.drainer = drainer
+
+    @abstractmethod
+    def parts(self) -> Sequence[Built]:
+        """Return what each pool is made of, as far as it is in use."""
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until every task spawned before this call has ended. More may be spawned meanwhile.
+
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            False if the time was over before.
+
+        Raises:
+            RuntimeError: Called inside a task, or on the drainer's loop, which would wait for themselves.
+        """
+        if self.drainer.is_own_thread():
+            raise RuntimeError("drain() would block the drainer's loop; use 'await adrain()'")
+        deadline = None if timeout is None else monotonic() + timeout
+        waiters = self._drain_waiters()
+        try:
+            for waiter in waiters:
+                waiter.result(None if deadline is None else max(0.0, deadline - monotonic()))
+        except TimeoutError:
+            return False
+        finally:
+            for waiter in waiters:
+                waiter.cancel()
+        return True
+
+    async def adrain(self, timeout: float | None = None) -> bool:
+        """Do as ``drain`` does, without blocking the event loop.
+
+        Raises:
+            RuntimeError: Called inside a task, which would wait for itself.
+        """
+        loop, bell = asyncio.get_running_loop(), asyncio.Event()
+        waiters = self._drain_waiters()
+        for waiter in waiters:
+            waiter.add_done_callback(lambda _: loop.call_soon_threadsafe(bell.set))
+        try:
+            async with asyncio.timeout(timeout):
+                while not all(waiter.done() for waiter in waiters):
+                    await bell.wait()
+                    bell.clear()
+        except TimeoutError:
+            return all(waiter.done() for waiter in waiters)
+        finally:
+            for waiter in waiters:
+                waiter.cancel()
+        return True
+
+    def shutdown(self, timeout: float | None = None) -> bool:
+        """Accept no more tasks, wait for the accepted ones, and cancel what is left.
+
+        Called again, it waits for the first call to be done.
+
+        Args:
+            timeout: Seconds to wait at most; None stands for the SHUTDOWN_TIMEOUT of each pool.
+
+        Returns:
+            False if tasks were cancelled. A warning names them.
+
+        Raises:
+            RuntimeError: Called on the drainer's loop. Use ``ashutdown`` there.
+        """
+        self.refuse_on_loop()
+        now = monotonic()
+        plan = {
+            part.shutdown: now + (part.slots.shutdown_timeout if timeout is None else timeout)
+            for part in self.parts()
+        }
+        return shut_down(plan) == 0
+
+    async def ashutdown(self, timeout: float | None = None) -> bool:
+        """Do as ``shutdown`` does, without blocking the event loop."""
+        for part in self.parts():
+            part.slots.queue.close()
+        return await asyncio.wrap_future(_on_new_thread(partial(self.shutdown, timeout)))
+
+    def _drain_waiters(self) -> list[DrainWaiter]:
+        own = current_task()
+        waiters: list[DrainWaiter] = []
+        for part in self.parts():
+            queue = part.slots.queue
+            if own is not None and own in queue.running():
+                raise RuntimeError(f"task {own.name!r} would wait for itself in drain()")
+            if queue.held():
+                self.drainer.ensure(part.slots)
+            waiters.append(queue.drain_waiter())
+        return waiters
+
+    def refuse_on_loop(self) -> None:
+        """Raise RuntimeError on the drainer's loop, which a shutdown would block."""
+        if self.drainer.is_own_thread():
+            raise RuntimeError("shutdown() would block the drainer's loop; use 'await ashutdown()'")
+
+
+def _on_new_thread(call: Callable[[], bool]) -> Future[bool]:
+    """Make a `call` on a thread of its own: the executor of a loop may be full of other people's work."""
+    ended: Future[bool] = Future()
+    context = copy_context()
+
+    def run() -> None:
+        ended.set_running_or_notify_cancel()  # from here on nobody can cancel it
+        try:
+            ended.set_result(context.run(call))
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, name="bgtasks-shutdown", daemon=True).start()
+    return ended

@@ -1,0 +1,340 @@
+"""A pool of a test's own, and what the tests of the core force and wait for."""
+
+import ctypes
+import logging
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from bgtasks import conf
+from bgtasks.building import Built
+from bgtasks.core.drainer import Drainer
+from bgtasks.core.figures import Outcome, PoolStats
+from bgtasks.core.log import logger
+from bgtasks.core.queue import TaskQueue
+from bgtasks.core.shutdown import Shutdown, shut_down
+from bgtasks.core.slots import Slots
+from bgtasks.core.task import Hooks, Task
+from bgtasks.drops import DropLog
+from bgtasks.pools import Pool, pools
+from tests.gate import BOUND, Gate, wait_until
+
+NAME = "core"  # of every pool that is made here
+
+
+class Logs(logging.Handler):
+    """What the logger `bgtasks` says from INFO up between entry and exit, formatted as a user reads it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.records: list[Any] = []  # written under _changed
+        self.lines: list[str] = []  # each with its traceback; written under _changed
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> "Logs":
+        logger.addHandler(self)
+        self._level = logger.level
+        logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        logger.setLevel(self._level)
+        logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        # Its text stays in exc_text. The exception is not kept: tests look at whether anything keeps it.
+        record.exc_info = None
+        with self._changed:
+            self.records.append(record)
+            self.lines.append(line)
+            self._changed.notify_all()
+
+    def of(self, part: str) -> list[str]:
+        """Return the lines that contain `part`."""
+        with self._changed:
+            return [line for line in self.lines if part in line]
+
+    def above(self, level: int) -> list[str]:
+        """Return the lines of `level` and more."""
+        with self._changed:
+            return [
+                line for line, record in zip(self.lines, self.records, strict=True) if record.levelno >= level
+            ]
+
+    def wait(self, part: str, count: int = 1) -> list[str]:
+        """Wait until `count` lines contain `part`, and return those that do."""
+        self.wait_until(lambda lines: sum(part in line for line in lines) >= count)
+        return self.of(part)
+
+    def wait_until(self, predicate: Callable[[list[str]], bool]) -> None:
+        """Wait until the lines fulfil `predicate`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: predicate(self.lines), BOUND):  # pragma: no branch
+                raise AssertionError(f"waited {BOUND} s for a line, logged: {self.lines}")
+
+
+class Raising(logging.Handler):
+    """Cannot write a record."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise self._error
+
+
+class Calling(logging.Handler):
+    """Calls a function the first time that it handles a record."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__()
+        self._functions = [function]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._functions:
+            self._functions.pop()()
+
+
+class Companion:
+    """A thread beside the drainer that only notes what it hears."""
+
+    def __init__(self, *threads: threading.Thread, broken: bool = False) -> None:
+        self.heard: list[str] = []
+        self._threads = threads
+        self._broken = broken
+
+    def notify(self) -> None:
+        self.heard.append("notify")
+        if self._broken:
+            raise MemoryError
+
+    def stop(self) -> list[threading.Thread]:
+        self.heard.append("stop")
+        return []
+
+    def threads(self) -> list[threading.Thread]:
+        return [*self._threads]
+
+    def forget(self) -> None:
+        self.heard.append("forget")
+
+
+class Core:
+    """The pieces of one pool, put together as Pool does it, on a drainer of their own.
+
+    On exit the pool is shut down, and an assertion fails if that leaves one of its threads.
+
+    Example:
+        with Core(conn_max=1) as core, Gate() as gate:
+            core.spawn("held", gate)
+            gate.wait_entered()
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 1024,
+        conn_max: int = 2,
+        task_timeout: float | None = None,
+        start: bool = True,
+        hooks: Hooks | None = None,
+        drainer: Drainer | None = None,
+        slots: Callable[..., Slots] = Slots,
+    ) -> None:
+        self.drainer = Drainer() if drainer is None else drainer
+        self.pool = Pool(NAME, self.drainer)
+        self.hooks = self.pool.hooks if hooks is None else hooks
+        self.queue = TaskQueue(NAME, capacity, conn_max)
+        self.slots = self._slots_of(self.queue, slots, task_timeout)
+        self.shutdown = Shutdown(self.slots, self.drainer)
+        drops = DropLog(self.queue, self.drainer.loop.call_later)
+        self.pool.use(Built(self.slots, self.shutdown, drops, conf.POOL))
+        self.spawn = self.pool.spawn
+        self.stats = self.queue.stats
+        self.logs = Logs()
+        self._start = start
+        self._others: list[Shutdown] = []
+
+    def _slots_of(self, queue: TaskQueue, slots: Callable[..., Slots], task_timeout: float | None) -> Slots:
+        return slots(
+            queue,
+            self.hooks,
+            self.drainer.loop,
+            self.drainer.pace,
+            task_timeout=task_timeout,
+            shutdown_timeout=BOUND,
+            notify=self.drainer.notify,
+        )
+
+    def __enter__(self) -> "Core":
+        self._before = set(threading.enumerate())
+        self.logs.__enter__()
+        self.drainer.add(self.slots)
+        if self._start:
+            self.start()
+        return self
+
+    def start(self) -> None:
+        """Have all threads there, and every slot idle or at work."""
+        self.drainer.start()
+        self.drainer._open_pools(waiting=False)
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: Any) -> None:
+        deadline = monotonic() + (BOUND if exc_type is None else 0)
+        try:
+            shut_down(dict.fromkeys([self.shutdown, *self._others], deadline))
+            self.drainer.stop()
+            left = self.threads()
+            for thread in left:
+                thread.join(BOUND)
+        finally:
+            self.logs.__exit__()
+        if exc_type is None:  # pragma: no branch  # unless the test fails
+            alive = [thread for thread in left if thread.is_alive()]
+            assert not alive, "\n".join(map(stack_of, alive))
+
+    def close(self, seconds: float) -> int | None:
+        """Shut the pool down within `seconds`, and return how many tasks that cancelled."""
+        return shut_down({self.shutdown: monotonic() + seconds})
+
+    def another(self, *, name: str = "core-other", conn_max: int = 1) -> Slots:
+        """Return the slots of another pool on the same drainer, which opens them at its next start."""
+        other = self._slots_of(TaskQueue(name, 1024, conn_max), Slots, None)
+        self.drainer.add(other)
+        self._others.append(Shutdown(other, self.drainer))
+        return other
+
+    def drain(self) -> None:
+        """Wait until every task spawned so far has ended."""
+        assert self.queue.drain_waiter().result(BOUND)
+
+    def threads(self) -> list[threading.Thread]:
+        """Return the threads of bgtasks that were started since entry and live.
+
+        But for those of the process's own pools: an earlier test may have asked for them *just* before
+        it ended, and a bare thread starts them whenever it gets its turn.
+        """
+        return [
+            thread
+            for thread in threading.enumerate()
+            if thread not in self._before
+            and thread.name.startswith("bgtasks")
+            and thread not in pools.drainer.threads()
+            and not any(thread in companion.threads() for companion in pools.drainer.companions)
+        ]
+
+
+def assert_conn_max_is_exact(core: Core) -> None:
+    """Assert that CONN_MAX tasks, no fewer and no more, run at once."""
+    with Gate() as gate:
+        for _ in range(core.queue.conn_max * 3):
+            core.spawn("held", gate)
+        gate.wait_entered(core.queue.conn_max)
+    core.drain()
+
+    assert gate.peak == core.queue.conn_max
+
+
+def own_threads() -> set[str]:
+    """Return the names of the threads of bgtasks. One that has nothing left to do needs a moment to end."""
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("bgtasks-")}
+
+
+def stack_of(thread: threading.Thread) -> str:  # pragma: no cover  # for a failing test
+    """Return where a thread is, as text."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return f"{thread!r} at:\n{''.join(traceback.format_stack(frame))}"
+
+
+def make_task(name: str = "task", function: Any = print, *args: Any, asynchronous: bool = False) -> Task:
+    """Return a task for a queue that nothing drains."""
+    return Task(name, function, args, {}, asynchronous, Context(), None)
+
+
+@contextmanager
+def after_call(owner: Any, name: str, hook: Callable[[], object]) -> Iterator[None]:
+    """Call `hook` once, after the next call of the method `name` of `owner`: a step of another thread."""
+    method = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        delattr(owner, name)
+        hook()
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+
+
+@contextmanager
+def receiving(signal: Any) -> Iterator[list[tuple[str, str | None]]]:
+    """Collect what a signal of bgtasks sends, as (name, outcome)."""
+    received: list[tuple[str, str | None]] = []
+
+    def receive(sender: Any, name: str, outcome: str | None = None, **named: Any) -> None:
+        received.append((name, outcome))
+
+    signal.connect(receive)
+    try:
+        yield received
+    finally:
+        signal.disconnect(receive)
+
+
+class FailingStart:
+    """Lets only so many slots of the core be started: the machine has no thread left."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.left = number
+        start = threading.Thread.start
+
+        def fail_or_start(thread: threading.Thread) -> None:
+            if thread.name.startswith("bgtasks-core"):
+                if self.left == 0:
+                    raise RuntimeError("can't start new thread")
+                self.left -= 1
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", fail_or_start)
+
+
+def wait_idle(slots: Slots) -> None:
+    """Wait until every slot is idle."""
+    wait_until(lambda: len(slots.queue.idle) == len(slots.all))
+
+
+def exit_() -> None:
+    """Raise what a signal handler or a watchdog may raise anywhere."""
+    raise SystemExit
+
+
+def interrupt(thread: threading.Thread, error: type[BaseException] = SystemExit) -> None:
+    """Set an exception on `thread` from outside, as a watchdog or a debugger does."""
+    hit = ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread.ident or 0), ctypes.py_object(error)
+    )
+    assert hit == 1
+
+
+def balance(stats: PoolStats) -> int:
+    """Return the right side of the equation that every snapshot keeps."""
+    ended: int = sum(getattr(stats, outcome.label) for outcome in Outcome)
+    return stats.queued + stats.running + ended + stats.dropped
+
+
+def counted(lines: list[str]) -> int:
+    """Return how many drops the lines report in all."""
+    return sum(int(match[1]) if (match := re.search(r"dropped (\d+) times", line)) else 1 for line in lines)
