@@ -16,7 +16,7 @@ from bgtasks.core.loop import Loop
 from bgtasks.core.slots import BURST
 from bgtasks.hooks import DjangoHooks, Helpers
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.pool import Companion, Core, assert_conn_max_is_exact, interrupt, wait_idle
+from tests.pool import Companion, Core, assert_conn_max_is_exact, interrupt, untraced, wait_idle
 
 
 async def nothing() -> None:
@@ -111,6 +111,7 @@ def test_loop_stopped_by_a_task_goes_on() -> None:
 
 
 @pytest.mark.usefixtures("no_collection")
+@untraced
 def test_loop_interrupted_while_it_waits_goes_on() -> None:
     """An exception set on its thread from outside is logged, and what waited on the loop goes on."""
     with Core() as core, AsyncGate() as gate:

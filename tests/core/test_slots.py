@@ -29,6 +29,7 @@ from tests.pool import (
     exit_,
     interrupt,
     make_task,
+    untraced,
     wait_idle,
 )
 
@@ -605,11 +606,6 @@ def test_coroutine_that_the_loop_has_ended_before_its_slot_lends_it_ends_once() 
 
 
 # Exceptions set on a slot's thread from outside.
-
-untraced = pytest.mark.skipif(
-    sys.version_info < (3, 12) and sys.gettrace() is not None,
-    reason="while an exception waits for a blocked thread, CPython 3.11 hangs in the next traced call",
-)
 
 
 def assert_closed(coroutine: Any) -> None:
