@@ -488,6 +488,7 @@ def test_companion_is_told_once_for_a_burst() -> None:
         assert companion.heard == ["notify"]
 
 
+@pytest.mark.database
 @pytest.mark.django_db
 def test_helper_threads_of_tasks_keep_no_connection() -> None:
     """A call by asyncio.to_thread on the drainer's loop closes what it has opened on that thread."""
