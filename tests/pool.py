@@ -245,6 +245,21 @@ def assert_conn_max_is_exact(core: Core) -> None:
     assert gate.peak == core.queue.conn_max
 
 
+def assert_whole(core: Core) -> None:
+    """Assert that the pool runs and holds as many tasks as it has slots and places, and not one more."""
+    with Gate() as gate:
+        accepted = 0
+        for _ in range(core.queue.conn_max):
+            accepted += core.spawn("held", gate)
+        gate.wait_entered(core.queue.conn_max)
+        while core.spawn("waits", gate):
+            accepted += 1
+
+        assert accepted == core.queue.conn_max + core.queue.capacity
+    core.drain()
+    assert_conn_max_is_exact(core)
+
+
 def own_threads() -> set[str]:
     """Return the names of the threads of bgtasks. One that has nothing left to do needs a moment to end."""
     return {thread.name for thread in threading.enumerate() if thread.name.startswith("bgtasks-")}

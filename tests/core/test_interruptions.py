@@ -22,7 +22,7 @@ import bgtasks
 import bgtasks.core.shutdown
 from bgtasks.signals import task_finished
 from tests.gate import BOUND, AsyncGate, Gate
-from tests.pool import Core, assert_conn_max_is_exact
+from tests.pool import Core, assert_whole
 
 
 class Interruption(BaseException):
@@ -44,21 +44,6 @@ class Interrupt:
             if self.left == 0:
                 sys.setprofile(None)
                 raise Interruption
-
-
-def assert_whole(core: Core) -> None:
-    """Assert that the pool runs and holds as many tasks as it has slots and places, and not one more."""
-    with Gate() as gate:
-        accepted = 0
-        for _ in range(core.queue.conn_max):
-            accepted += core.spawn("held", gate)
-        gate.wait_entered(core.queue.conn_max)
-        while core.spawn("waits", gate):
-            accepted += 1
-
-        assert accepted == core.queue.conn_max + core.queue.capacity
-    core.drain()
-    assert_conn_max_is_exact(core)
 
 
 async def nothing() -> None:

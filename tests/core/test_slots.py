@@ -26,6 +26,7 @@ from tests.pool import (
     FailingStart,
     after_call,
     assert_conn_max_is_exact,
+    assert_whole,
     exit_,
     interrupt,
     make_task,
@@ -45,21 +46,6 @@ def switching() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
-
-
-def assert_whole(core: Core) -> None:
-    """Assert that the pool runs and holds as many tasks as it has slots and places, and not one more."""
-    with Gate() as gate:
-        accepted = 0
-        for _ in range(core.queue.conn_max):
-            accepted += core.spawn("held", gate)
-        gate.wait_entered(core.queue.conn_max)
-        while core.spawn("waits", gate):
-            accepted += 1
-
-        assert accepted == core.queue.conn_max + core.queue.capacity
-    core.drain()
-    assert_conn_max_is_exact(core)
 
 
 @contextmanager
