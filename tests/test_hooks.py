@@ -5,7 +5,6 @@ import contextvars
 import gc
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -408,33 +407,6 @@ def test_async_code_of_a_plain_task_does_not_use_the_loop_thread_of_the_request(
         theirs = run(in_async_to_sync, threading.current_thread)
 
     assert own is not theirs
-
-
-def test_what_a_task_leaves_behind_is_kept_from_the_slot() -> None:
-    """A child of an async task that goes on after it cannot use the slot, which has another task by then."""
-    ended = asyncio.Event()
-    refused: Future[Any] = Future()
-
-    async def child() -> None:
-        await ended.wait()
-        try:
-            await sync_to_async(threading.get_ident)()
-        except RuntimeError as error:
-            refused.set_result(str(error))
-
-    async def parent() -> Any:
-        children.append(asyncio.create_task(child()))
-        return await sync_to_async(threading.get_ident)()
-
-    async def let_go() -> Any:
-        ended.set()
-        return await sync_to_async(threading.get_ident)()
-
-    children: list[Any] = []
-    slot = run(parent)
-
-    assert run(let_go) == slot
-    assert "ThreadSensitiveContext has exited" in refused.result(BOUND)
 
 
 # Tasks outlive what spawned them.
