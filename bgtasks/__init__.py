@@ -5,7 +5,7 @@ process's drainer runs the queued tasks, at most CONN_MAX at a time; a task that
 dropped, and a warning names it.
 """
 
-from bgtasks.core.figures import PoolStats
+from bgtasks.monitoring.figures import PoolStats
 from bgtasks.pools import pools
 
 spawn = pools.default.spawn

@@ -27,7 +27,7 @@ from django.core import checks
 from bgtasks import conf
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from bgtasks.core.task import Task as QueuedTask
 from bgtasks.core.task import current_task
 from bgtasks.exceptions import TaskDropped

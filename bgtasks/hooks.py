@@ -18,6 +18,7 @@ from time import monotonic, time
 from typing import Any, ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from django.core.cache import caches
+from django.core.exceptions import ObjectDoesNotExist
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.dispatch import Signal
@@ -25,7 +26,7 @@ from django.utils import timezone, translation
 
 from bgtasks import shortcuts
 from bgtasks.core.figures import DropReason, Outcome
-from bgtasks.core.log import log
+from bgtasks.core.log import escaped, log, logger
 from bgtasks.core.task import Hooks, Task
 from bgtasks.signals import task_dropped, task_finished, task_spawned, task_started
 
@@ -241,7 +242,9 @@ class DjangoHooks(Hooks):
 
     def slot_context(self, slot: Executor) -> Callable[[], AbstractContextManager[None]]:
         """Return what makes the contexts in which `slot` has the thread-sensitive calls of its tasks."""
-        return shortcuts.SlotContexts(slot) if shortcuts.UNDERSTANDS_CONTEXT else super().slot_context(slot)
+        if shortcuts.UNDERSTANDS_CONTEXT:
+            return shortcuts.SlotContexts(slot)
+        return partial(shortcuts.PublicSlotContext, slot)
 
     # The connections of a slot's thread.
 
@@ -319,11 +322,45 @@ class DjangoHooks(Hooks):
             # send_robust lets a SystemExit pass, and cannot run an async receiver beside a running loop.
             log(logging.ERROR, "a receiver could not be called", error=error)
 
-    def failed(self, task: Task, outcome: Outcome, error: BaseException) -> bool:
-        """Keep what `task` raised, as text, among the last failures; True if it has logged that itself."""
+    def ended(self, task: Task, outcome: Outcome, error: BaseException | None, waiting: int) -> None:
+        """Log how `task` ended: at DEBUG, or at ERROR with what it raised, which is kept as text as well."""
+        if error is not None:
+            self._keep(task, outcome, error)
+        # A task of django.tasks has logged by itself what it raised.
+        logged = error is None or isinstance(task.function, Recorded)
+        level = logging.DEBUG if logged else logging.ERROR
+        if not logger.isEnabledFor(level):
+            return
+        extra = {
+            "task": escaped(task.name),
+            "pool": self._name,
+            "outcome": outcome.label,
+            "wait_s": task.started_at - task.spawned_at,
+            "run_s": monotonic() - task.started_at,
+            "queue_length": waiting,
+        }
+        how = outcome.label.replace("_", " ")
+        if error is None:
+            log(level, "task %r of pool %r %s", task.name, self._name, how, extra=extra)
+        else:
+            what = escaped(type(error).__name__) + _hint(error)
+            log(
+                level, "task %r of pool %r %s: %s", task.name, self._name, how, what, error=error, extra=extra
+            )
+
+    def _keep(self, task: Task, outcome: Outcome, error: BaseException) -> None:
         waited, ran = task.started_at - task.spawned_at, monotonic() - task.started_at
         kind = type(error).__name__
         self.recent.failures.append(
             Failure(time(), task.name, outcome.label, kind, traceback_text(error), waited, ran)
         )
-        return isinstance(task.function, Recorded)
+
+
+def _hint(error: BaseException) -> str:
+    """Return what the likeliest mistake behind `error` is, or ""."""
+    if issubclass(type(error), ObjectDoesNotExist):
+        return (
+            " (a task does not see what a transaction has not committed yet; "
+            "inside a transaction, use spawn_on_commit)"
+        )
+    return ""

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Executor, Future
 from contextvars import Context
 from threading import Thread
+from time import monotonic
 from typing import Any
 
 from asgiref.current_thread_executor import CurrentThreadExecutor
@@ -24,7 +25,7 @@ def run(queue: TaskQueue, hooks: Hooks, task: Task) -> None:
 
     What the task raises goes up into the code that has spawned it. It counts like any other task.
     """
-    task.begin()
+    task.begin(monotonic())
     outcome = Outcome.FAILED
     try:
         _run(hooks, task)

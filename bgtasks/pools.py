@@ -13,12 +13,15 @@ from django.db import transaction
 from bgtasks import conf
 from bgtasks.building import Built, build, no_pool
 from bgtasks.core.drainer import Drainer
-from bgtasks.core.figures import DropReason, PoolStats
+from bgtasks.core.figures import DropReason
 from bgtasks.core.lock import new_lock
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
+from bgtasks.forks import Forks
 from bgtasks.hooks import DjangoHooks, Helpers
+from bgtasks.monitoring.figures import PoolStats, read_stats
+from bgtasks.monitoring.pace import MeasuredPace
 from bgtasks.monitoring.publisher import Publisher
 from bgtasks.monitoring.watchdog import Watchdog
 from bgtasks.process import ProcessHooks, has_forked, lifespan
@@ -58,7 +61,7 @@ class Pool(Waitable):
     def __repr__(self) -> str:
         if self.slots is None:
             return f"<Pool {self.name!r} not started>"
-        stats = self.slots.queue.stats()
+        stats = read_stats(self.slots.queue)
         running = f"{stats.running}/{stats.conn_max} running"
         return f"<Pool {self.name!r} {running}, {stats.queued}/{stats.capacity} queued>"
 
@@ -166,21 +169,17 @@ class Pool(Waitable):
             lifespan.look(self.drainer)
         if task_spawned.receivers:
             self.hooks.spawned(task.name)
+        if not slots.all and not self.drainer.ensure(slots):
+            task.discard()
+            return self.note_drop(task.name, slots.queue.refuse(task.name, DropReason.NO_THREAD))
         try:
             reason = slots.queue.put(task)
             if slots.look is not None:
                 slots.look()
-            if reason is None:
-                if slots.all or self.drainer.ensure(slots):
-                    return True
-                if not slots.queue.withdraw(task, DropReason.NO_THREAD):
-                    return True
-                task.discard()
-                reason = DropReason.NO_THREAD
-        except BaseException:
-            self.drainer.ensure(slots)  # a signal handler has raised, perhaps after the task was put
-            raise
-        return self.note_drop(task.name, reason)
+        finally:
+            if not slots.all:
+                self.drainer.ensure(slots)  # a fork may have ended the threads *just* before that
+        return reason is None or self.note_drop(task.name, reason)
 
     def _build_for(self, task: Task) -> Slots:
         try:
@@ -253,7 +252,7 @@ class Pool(Waitable):
 
     def stats(self) -> PoolStats:
         """Return the pool's figures, all of one moment."""
-        return self.build().slots.queue.stats()
+        return read_stats(self.build().slots.queue)
 
 
 class Pools(Waitable, Mapping[str, Pool]):
@@ -269,7 +268,9 @@ class Pools(Waitable, Mapping[str, Pool]):
         self._adding = new_lock()
         self.diverted: Diverted | None = None  # in force for all pools, whatever their MODE; see divert
         self.publisher = Publisher(self.drainer, self.built)
-        self.drainer.companions += [self.publisher, Watchdog(self.built)]
+        self.drainer.background += [self.publisher, Watchdog(self.built)]
+        self.drainer.pace = MeasuredPace(self.drainer)
+        self._forks = Forks(self.drainer)
         self._hooks = ProcessHooks(self.shutdown, self.drainer.start, self._after_fork_in_child)
 
     def __repr__(self) -> str:
@@ -344,7 +345,7 @@ class Pools(Waitable, Mapping[str, Pool]):
             RuntimeError: The machine has no thread left.
         """
         # Before a fork the last one comes first: the drainer stops the publisher's thread as well.
-        self._hooks.install(self.publisher, self.drainer)
+        self._hooks.install(self.publisher, self._forks)
         self.publisher.configure()
         for pool in self.values():
             pool.build()
@@ -361,7 +362,7 @@ class Pools(Waitable, Mapping[str, Pool]):
 
     def _after_fork_in_child(self) -> None:
         self._adding = new_lock()
-        self.drainer.after_fork_in_child()
+        self._forks.after_fork_in_child()
         for pool in self._handles:
             pool.forget()
 

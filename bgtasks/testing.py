@@ -22,6 +22,7 @@ from typing import Any
 
 from django.test.utils import TestContextDecorator
 
+from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.monitoring.snapshot import stack_of
@@ -264,7 +265,7 @@ def _drain(timeout: float) -> str | None:
     while True:
         done = pools.drain(max(0.0, deadline - monotonic()))
         # A task may have spawned another one, after this drain began and before it ended.
-        busy = [slots for slots in pools.built() if slots.queue.tasks()]
+        busy = [slots for slots in pools.built() if slots.queue.read(TaskQueue.tasks)]
         if not busy:
             return None
         if not done or monotonic() >= deadline:
@@ -279,7 +280,7 @@ def _describe(slots: Slots) -> str:
         lines.append(
             f"task {task.name!r} of pool {queue.pool!r} runs for {seconds:.1f} s, at:\n{_stack(slots, task)}"
         )
-    for name, number in Counter(task.name for task in queue.held()).items():
+    for name, number in Counter(task.name for task in [*queue.checked_out, *queue.waiting]).items():
         lines.append(f"task {name!r} of pool {queue.pool!r} waits, {_times(number)}")
     return "\n".join(lines)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from functools import partial
+from queue import Empty, SimpleQueue
 from time import monotonic
 
 from bgtasks.building import Built
@@ -43,15 +45,13 @@ class Waitable(ABC):
         if self.drainer.is_own_thread():
             raise RuntimeError("drain() would block the drainer's loop; use 'await adrain()'")
         deadline = None if timeout is None else monotonic() + timeout
-        waiters = self._drain_waiters()
-        try:
-            for waiter in waiters:
-                waiter.result(None if deadline is None else max(0.0, deadline - monotonic()))
-        except TimeoutError:
-            return False
-        finally:
-            for waiter in waiters:
-                waiter.cancel()
+        signal: SimpleQueue[None] = SimpleQueue()
+        with self._waiters(partial(signal.put, None)) as waiters:
+            while any(waiter.pending for waiter in waiters):
+                try:
+                    signal.get(timeout=None if deadline is None else max(0.0, deadline - monotonic()))
+                except Empty:
+                    return False
         return True
 
     async def adrain(self, timeout: float | None = None) -> bool:
@@ -60,21 +60,18 @@ class Waitable(ABC):
         Raises:
             RuntimeError: Called inside a task, which would wait for itself.
         """
-        loop, bell = asyncio.get_running_loop(), asyncio.Event()
-        waiters = self._drain_waiters()
-        for waiter in waiters:
-            waiter.add_done_callback(lambda _: loop.call_soon_threadsafe(bell.set))
-        try:
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(ended.set)
+
+        with self._waiters(tell) as waiters, contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
-                while not all(waiter.done() for waiter in waiters):
-                    await bell.wait()
-                    bell.clear()
-        except TimeoutError:
-            return all(waiter.done() for waiter in waiters)
-        finally:
-            for waiter in waiters:
-                waiter.cancel()
-        return True
+                while any(waiter.pending for waiter in waiters):
+                    await ended.wait()
+                    ended.clear()
+        return not any(waiter.pending for waiter in waiters)
 
     def shutdown(self, timeout: float | None = None) -> bool:
         """Accept no more tasks, wait for the accepted ones, and cancel what is left.
@@ -104,17 +101,24 @@ class Waitable(ABC):
             part.slots.queue.close()
         return await asyncio.wrap_future(_on_new_thread(partial(self.shutdown, timeout)))
 
-    def _drain_waiters(self) -> list[DrainWaiter]:
+    @contextlib.contextmanager
+    def _waiters(self, tell: Callable[[], object]) -> Generator[list[DrainWaiter], None, None]:
+        """Have `tell` called when what now waits or runs has ended in a pool, for each pool."""
         own = current_task()
-        waiters: list[DrainWaiter] = []
-        for part in self.parts():
-            queue = part.slots.queue
-            if own is not None and own in queue.running():
+        parts = self.parts()
+        for part in parts:
+            if own is not None and own in part.slots.queue.running():
                 raise RuntimeError(f"task {own.name!r} would wait for itself in drain()")
-            if queue.held():
+            if part.slots.queue.queued:
                 self.drainer.ensure(part.slots)
-            waiters.append(queue.drain_waiter())
-        return waiters
+        waiters: list[DrainWaiter] = []
+        try:
+            for part in parts:
+                waiters.append(part.slots.queue.drain_waiter(tell))  # noqa: PERF401  # each is forgotten
+            yield waiters
+        finally:
+            for part, waiter in zip(parts, waiters, strict=False):
+                part.slots.queue.forget(waiter)
 
     def refuse_on_loop(self) -> None:
         """Raise RuntimeError on the drainer's loop, which a shutdown would block."""

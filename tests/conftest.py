@@ -1,8 +1,11 @@
+import contextlib
+import faulthandler
 import gc
 import importlib.util
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import warnings
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import django
 import hypothesis
+import psutil
 import pytest
 from asgiref.sync import SyncToAsync
 from fasteners import InterProcessLock
@@ -19,6 +23,8 @@ from tests.gate import BOUND
 
 # Threads of libraries that live as long as the process: the workers of psycopg's pool.
 LASTING_THREADS = re.compile(r"pool-\d+-(worker-\d+|scheduler)")
+
+LIMIT = 25 * 60  # seconds that all tests of one environment may take
 
 # No deadline: how long an example took says something about the machine.
 hypothesis.settings.register_profile("bgtasks", deadline=None, database=None, print_blob=True)
@@ -31,12 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
     The environment tells them, so a subprocess of a test uses the same server. pytest-django goes on from
     here: its own pytest_configure comes last.
     """
+    # A run that hangs, wherever it is, says where, and fails.
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=os.dup(2))
     home = Path(tempfile.mkdtemp(prefix="bgtasks-"))
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ["BGTASKS_TEST_HOME"] = str(home)
     os.environ["BGTASKS_TEST_POSTGRESQL"] = start_postgresql(config, home / "postgresql")
     os.environ["DJANGO_SETTINGS_MODULE"] = "tests.settings"
     django.setup()
+
+
+def pytest_unconfigure() -> None:
+    """End what a test has left running: tox would wait for it."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            sys.stderr.write(f"left behind: {process}\n")
+            process.kill()
 
 
 def start_postgresql(config: pytest.Config, data: Path) -> str:

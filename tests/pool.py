@@ -6,9 +6,10 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -17,17 +18,29 @@ import pytest
 from bgtasks import conf
 from bgtasks.building import Built
 from bgtasks.core.drainer import Drainer
-from bgtasks.core.figures import Outcome, PoolStats
+from bgtasks.core.figures import Outcome
 from bgtasks.core.log import logger
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.shutdown import Shutdown, shut_down
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Hooks, Task
 from bgtasks.drops import DropLog
+from bgtasks.forks import Forks
+from bgtasks.monitoring.figures import PoolStats, read_stats
+from bgtasks.monitoring.pace import MeasuredPace
 from bgtasks.pools import Pool, pools
 from tests.gate import BOUND, Gate, wait_until
 
 NAME = "core"  # of every pool that is made here
+
+
+class Sender:
+    """Sends the signals of hooks that a test makes."""
+
+    name = NAME
+
+
+SENDER = Sender()
 
 
 class Logs(logging.Handler):
@@ -105,7 +118,7 @@ class Calling(logging.Handler):
             self._functions.pop()()
 
 
-class Companion:
+class BackgroundThread:
     """A thread beside the drainer that only notes what it hears."""
 
     def __init__(self, *threads: threading.Thread, broken: bool = False) -> None:
@@ -127,6 +140,37 @@ class Companion:
 
     def forget(self) -> None:
         self.heard.append("forget")
+
+
+def held(queue: TaskQueue) -> list[Task]:
+    """Return the tasks that wait, those that are checked out first."""
+    return [*queue.checked_out, *queue.waiting]
+
+
+class Drained:
+    """A drain that waits for what is in the queue now."""
+
+    def __init__(self, queue: TaskQueue, *, except_for: Iterable[Task] = ()) -> None:
+        self.hook: Callable[[], object] = lambda: None  # called when all have ended
+        self._queue = queue
+        self._told = threading.Event()
+        self._waiter = queue.drain_waiter(self._tell, except_for=except_for)
+
+    def _tell(self) -> None:
+        self.hook()
+        self._told.set()
+
+    def done(self) -> bool:
+        """Tell whether all have ended, and we were told so."""
+        return not self._waiter.pending and self._told.is_set()
+
+    def result(self, timeout: float) -> bool:
+        """Wait for that."""
+        return self._told.wait(timeout) and self.done()
+
+    def cancel(self) -> None:
+        """Wait no longer."""
+        self._queue.forget(self._waiter)
 
 
 class Core:
@@ -152,6 +196,8 @@ class Core:
         slots: Callable[..., Slots] = Slots,
     ) -> None:
         self.drainer = Drainer() if drainer is None else drainer
+        self.drainer.pace = self.pace = MeasuredPace(self.drainer)
+        self.forks = Forks(self.drainer)
         self.pool = Pool(NAME, self.drainer)
         self.hooks = self.pool.hooks if hooks is None else hooks
         self.queue = TaskQueue(NAME, capacity, conn_max)
@@ -160,7 +206,7 @@ class Core:
         drops = DropLog(self.queue, self.drainer.loop.call_later)
         self.pool.use(Built(self.slots, self.shutdown, drops, conf.POOL))
         self.spawn = self.pool.spawn
-        self.stats = self.queue.stats
+        self.stats = partial(read_stats, self.queue)
         self.logs = Logs()
         self._start = start
         self._others: list[Shutdown] = []
@@ -187,7 +233,7 @@ class Core:
     def start(self) -> None:
         """Have all threads there, and every slot idle or at work."""
         self.drainer.start()
-        self.drainer._open_pools(waiting=False)
+        self.drainer.open(dict(self.drainer.pools))
 
     def __exit__(self, exc_type: type[BaseException] | None, *exc_info: Any) -> None:
         deadline = monotonic() + (BOUND if exc_type is None else 0)
@@ -216,7 +262,7 @@ class Core:
 
     def drain(self) -> None:
         """Wait until every task spawned so far has ended."""
-        assert self.queue.drain_waiter().result(BOUND)
+        assert Drained(self.queue).result(BOUND)
 
     def threads(self) -> list[threading.Thread]:
         """Return the threads of bgtasks that were started since entry and live.
@@ -230,7 +276,7 @@ class Core:
             if thread not in self._before
             and thread.name.startswith("bgtasks")
             and thread not in pools.drainer.threads()
-            and not any(thread in companion.threads() for companion in pools.drainer.companions)
+            and not any(thread in each.threads() for each in pools.drainer.background)
         ]
 
 

@@ -14,7 +14,7 @@ from django.urls import path
 
 import bgtasks
 from bgtasks import pools
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from tests.gate import Gate, wait_until
 
 SMALL = {"default": {"CAPACITY": 4, "CONN_MAX": 2}, "email": {"CAPACITY": 2, "CONN_MAX": 1}}
@@ -105,7 +105,7 @@ def refuse_threads(monkeypatch: pytest.MonkeyPatch, refused: Any = lambda: None)
     """Stand in for a machine without a free thread. If it is the drainer that asks, `refused` is called."""
 
     def start_new_thread(function: Any, *args: Any) -> None:
-        if function == pools.drainer._start_aside:
+        if function == pools.drainer._start_wanted:
             refused()
         raise RuntimeError("can't start new thread")
 

@@ -11,7 +11,7 @@ from django.test import override_settings
 import bgtasks
 import bgtasks.asgi
 from bgtasks import pools, process
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from tests.gate import BOUND, AsyncGate
 
 LIFESPAN = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}

@@ -23,10 +23,11 @@ from bgtasks.core import slots
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.shutdown import Shutdown, shut_down
 from bgtasks.hooks import DjangoHooks, Helpers
+from bgtasks.monitoring.figures import read_stats_by_name
 from bgtasks.monitoring.watchdog import Watchdog
 from bgtasks.signals import task_dropped, task_finished, task_spawned, task_started
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.pool import Core, assert_conn_max_is_exact
+from tests.pool import SENDER, Core, assert_conn_max_is_exact
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ class CountingHooks(DjangoHooks):
     """Counts how often connections are looked at."""
 
     def __init__(self) -> None:
-        super().__init__(object())
+        super().__init__(SENDER)
         self.cleaned = 0
 
     def clean(self) -> None:
@@ -80,8 +81,8 @@ def test_connections_of_a_slot_that_a_stranger_has_used_are_looked_at(
 
     with Core(conn_max=1, hooks=hooks) as core:
         [slot] = core.slots.all
-        slot.submit(print, end="").result(BOUND)
-        slot.bell.put(None)
+        slot.calls.submit(print, end="").result(BOUND)
+        slot.wake()
         wait_until(lambda: slot._stale)  # it has gone to sleep again, and was woken
         core.spawn("call", call)
         core.drain()
@@ -217,8 +218,8 @@ def test_fork_leaves_coroutines_that_tasks_have_left_behind() -> None:
         core.drain()
         agate.wait_entered()
 
-        core.drainer.before_fork()
-        core.drainer.after_fork_in_parent()
+        core.forks.before_fork()
+        core.forks.after_fork_in_parent()
 
         agate.open()
         agate.wait_left()
@@ -301,7 +302,7 @@ def test_clock_that_jumps_changes_no_outcome(monkeypatch: pytest.MonkeyPatch) ->
     real = time.time
     monkeypatch.setattr("bgtasks.hooks.time", lambda: real() + next(days))
     with Core(conn_max=1, capacity=1, task_timeout=0.01) as core, Gate() as gate, AsyncGate() as agate:
-        core.drainer.companions.append(Watchdog(lambda: [core.slots]))
+        core.drainer.background.append(Watchdog(lambda: [core.slots]))
         core.spawn("times out", agate)
         core.drain()
         core.spawn("overruns", gate)
@@ -312,7 +313,7 @@ def test_clock_that_jumps_changes_no_outcome(monkeypatch: pytest.MonkeyPatch) ->
         gate.open()
         core.drain()
 
-        stats, names = core.queue.stats_by_name()
+        stats, names = read_stats_by_name(core.queue)
         assert (stats.timed_out, stats.succeeded, stats.dropped) == (1, 2, 3)
         assert len(core.logs.of("'dropped'")) == 1  # the others within a minute
         assert all(0 <= name.runs.seconds < BOUND and 0 <= name.waits.seconds < BOUND for name in names)

@@ -3,7 +3,7 @@
 import threading
 
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.pool import Core, after_call
+from tests.pool import Core, Drained, after_call
 
 
 def test_paused_pool_accepts_and_does_not_run() -> None:
@@ -55,7 +55,7 @@ def test_what_runs_goes_on_when_the_pool_is_paused() -> None:
         gate.wait_entered()
         other.wait_entered()
         core.spawn("waits", print, end="")
-        ended = core.queue.drain_waiter()
+        ended = Drained(core.queue)
         core.queue.pause()
         gate.open()
         other.open()
@@ -104,9 +104,9 @@ def test_paused_pool_steps_aside_for_a_fork(patient: None) -> None:
     """A pool that is paused and empty leaves no thread alive while a fork happens, and stays paused."""
     with Core(conn_max=2) as core:
         core.queue.pause()
-        core.drainer.before_fork()
+        core.forks.before_fork()
         threads = core.threads()
-        core.drainer.after_fork_in_parent()
+        core.forks.after_fork_in_parent()
         assert not threads
 
         core.spawn("waits", print, end="")

@@ -14,7 +14,7 @@ from django.test import AsyncClient, override_settings
 
 import bgtasks
 from bgtasks import conf, pools
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from bgtasks.signals import task_dropped, task_finished
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import own_threads
@@ -245,22 +245,20 @@ def test_drain_starts_threads_that_could_not_be_started(
 ) -> None:
     """A task that was accepted while the machine had no thread left runs when there is one again."""
     ran: list[Any] = []
-    refused = threading.Event()
     start = threading.Thread.start
 
-    def refuse_once(
+    def refuse(
         thread: Any,
-    ) -> None:  # pragma: no cover  # called on a bare thread, which coverage does not see
-        if thread.name == "bgtasks-drainer" and not refused.is_set():
-            refused.set()
+    ) -> None:  # pragma: no cover  # coverage sees no bare thread
+        if thread.name == "bgtasks-drainer":
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    monkeypatch.setattr(threading.Thread, "start", refuse_once)
-
-    assert bgtasks.spawn("task", ran.append, 7)
-    wait_until(lambda: "could not be started" in caplog.text and not pools.drainer._starting)
-    assert ran == []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert bgtasks.spawn("task", ran.append, 7)
+        wait_until(lambda: "could not be started" in caplog.text and not pools.drainer._starting)
+        assert ran == []
 
     assert bgtasks.drain(BOUND)
     assert ran == [7]
@@ -409,7 +407,7 @@ def test_shutdown_after_one_from_an_async_task(caplog: pytest.LogCaptureFixture)
 
     assert results == [False, True]
     assert warned(caplog) == ["pool 'default' was shut down with 1 tasks cancelled: 1 'held'"]
-    assert not pools.drainer._pools
+    assert not pools.drainer.pools
 
 
 def test_shutdown_on_the_loop_is_an_error() -> None:

@@ -25,7 +25,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from bgtasks.core.figures import EXPORTED, NameStats, Outcome, PoolStats
+from bgtasks.core.figures import EXPORTED, Outcome
+from bgtasks.monitoring.figures import NameStats, PoolStats, oldest_wait, read_stats_by_name
 from bgtasks.pools import pools
 
 COUNTERS = {
@@ -136,8 +137,8 @@ class PrometheusConfig(AppConfig):
 
 def _figures() -> Iterator[PoolFigures]:
     for slots in pools.built():
-        stats, names = slots.queue.stats_by_name()
-        yield slots.queue.pool, stats, names, slots.queue.oldest_wait() or 0.0
+        stats, names = read_stats_by_name(slots.queue)
+        yield slots.queue.pool, stats, names, oldest_wait(slots.queue) or 0.0
 
 
 def _counts(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[Labels, int]]:

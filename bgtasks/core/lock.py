@@ -6,32 +6,16 @@ import contextlib
 import sys
 import threading
 import time
-from typing import Any, Protocol
 
 YIELDS = 20 if sys.version_info < (3, 14) and getattr(sys, "_is_gil_enabled", lambda: True)() else 0
 
 
-class Lock(Protocol):
-    """A ``threading.RLock``."""
-
-    def acquire(self, blocking: bool = True) -> bool:  # noqa: FBT001, FBT002  # as it is
-        """Take the lock; False if another thread has it and the caller is not `blocking`."""
-        ...
-
-    def release(self) -> None:
-        """Give it back."""
-
-    def __enter__(self) -> bool: ...
-
-    def __exit__(self, kind: Any, error: Any, trace: Any, /) -> None: ...
-
-
-def new_lock() -> Lock:
+def new_lock() -> threading.RLock:
     """Return a lock. It is looked up each time, since gevent may have replaced it."""
     return threading.RLock()
 
 
-def acquire(lock: Lock) -> None:
+def acquire(lock: threading.RLock) -> None:
     """Take a `lock` that another thread has in the middle of a step of less than a microsecond.
 
     Before Python 3.14, with the GIL, whoever finds it held has been let in by the interpreter, and the holder
@@ -45,7 +29,7 @@ def acquire(lock: Lock) -> None:
     lock.acquire()
 
 
-def free(lock: Lock) -> None:
+def free(lock: threading.RLock) -> None:
     """Release `lock` if the caller holds it, however often: an exception has come in the middle of a step.
 
     A ``with`` statement does not always do so: a signal handler that raises as it is entered or left leaves

@@ -10,14 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import sys
 import traceback
-from time import monotonic
 from typing import Any
-
-from bgtasks.core.figures import Outcome
-from bgtasks.core.queue import TaskQueue
-from bgtasks.core.task import Hooks, Task
 
 logger = logging.getLogger("bgtasks")
 
@@ -76,39 +70,3 @@ def log_bare(level: int, message: str, args: tuple[object, ...]) -> None:
     with contextlib.suppress(BaseException):
         if logging.lastResort is not None:
             logging.lastResort.handle(record)
-
-
-def log_end(
-    queue: TaskQueue, hooks: Hooks, task: Task, outcome: Outcome, error: BaseException | None
-) -> None:
-    """Log how `task` ended: at DEBUG, or at ERROR with the traceback of what it raised."""
-    logged = error is None or hooks.failed(task, outcome, error)
-    level = logging.DEBUG if logged else logging.ERROR
-    if not logger.isEnabledFor(level):
-        return
-    extra = {
-        "task": escaped(task.name),
-        "pool": queue.pool,
-        "outcome": outcome.label,
-        "wait_s": task.started_at - task.spawned_at,
-        "run_s": monotonic() - task.started_at,
-        "queue_length": len(queue.waiting),
-    }
-    how = outcome.label.replace("_", " ")
-    if error is None:
-        log(level, "task %r of pool %r %s", task.name, queue.pool, how, extra=extra)
-    else:
-        kind = escaped(type(error).__name__) + _hint(error)
-        log(level, "task %r of pool %r %s: %s", task.name, queue.pool, how, kind, error=error, extra=extra)
-
-
-def _hint(error: BaseException) -> str:
-    """Return what the likeliest mistake behind `error` is, or ""."""
-    # Not imported: the core knows no Django. Where it is not imported, nobody has raised it.
-    django: Any = sys.modules.get("django.core.exceptions")
-    if django is not None and issubclass(type(error), django.ObjectDoesNotExist):
-        return (
-            " (a task does not see what a transaction has not committed yet; "
-            "inside a transaction, use spawn_on_commit)"
-        )
-    return ""

@@ -12,15 +12,52 @@ after a call. So what belongs together is changed without a call between, and ``
 
 from __future__ import annotations
 
+import enum
+import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from time import monotonic
+from typing import TypeVar
 
 from bgtasks.core.drain import Steps, step
-from bgtasks.core.figures import Account, DropReason, NameStats, Outcome, PoolStats
+from bgtasks.core.figures import Account, DropReason, Outcome
 from bgtasks.core.lock import acquire, free
-from bgtasks.core.places import Place, Seat, State
 from bgtasks.core.task import Life, Task
+
+T = TypeVar("T")
+
+
+class State(enum.Enum):
+    """The life of a queue, in one direction only."""
+
+    OPEN = "open"
+    CLOSING = "closing"  # accepts nothing more, what it holds still runs
+    CLOSED = "closed"  # what waited was cancelled: holds nothing that will ever run
+
+
+class Place(enum.Enum):
+    """Who goes on with a slot."""
+
+    OUT = "out"  # nobody: it is not open yet, or no more
+    IDLE = "idle"  # nobody, until its thread is woken or the loop claims it
+    THREAD = "thread"
+    LENT = "lent"  # the loop, as soon as it gets to it: the thread has a coroutine for it
+    LOOP = "loop"  # while its thread serves the calls of the slot's asynchronous task
+
+
+class SlotState:
+    """What the queue knows of a slot."""
+
+    def __init__(self) -> None:
+        self.task: Task | None = None  # that it runs; under the pool's lock
+        self.place = Place.OUT  # under the pool's lock
+        self.signal: queue.SimpleQueue[None] = queue.SimpleQueue()  # its thread sleeps on it
+        self.wake: Callable[[], None] = partial(self.signal.put, None)
+
+    def go_on(self) -> None:
+        """Have whoever goes on with the slot look at it. Called without the lock; twice is harmless."""
+        self.wake()
 
 
 class TaskQueue(Steps):
@@ -31,7 +68,7 @@ class TaskQueue(Steps):
         self.capacity = capacity
         self.conn_max = conn_max
         super().__init__()
-        self.ask_loop: Callable[[], bool] = lambda: False  # has the loop call `claim`; False if there is none
+        self.ask_loop: Callable[[], object] = lambda: None  # has the loop call `claim`
         # All that follows is written under the lock.
         self.state = State.OPEN
         self.paused = False  # no task is taken
@@ -39,26 +76,22 @@ class TaskQueue(Steps):
         self.checked_out: dict[Task, None] = {}  # with a consumer that may hand them off, oldest first
         self.check_out_new = False  # what is put is checked out at once
         self.queued = 0  # how many wait or are checked out
-        self.seats: list[Seat] = []  # of the slots that have threads
-        self.idle: list[Seat] = []  # the last one to go idle is the first to get a task: its thread is warm
-        self.waking: Seat | None = None  # the idle slot whose thread is being woken; see to_wake
+        self.slots: Sequence[SlotState] = []  # those that have threads
+        self.idle: list[SlotState] = []  # the last one to go idle gets the first task: its thread is warm
+        self.waking: SlotState | None = None  # the idle slot whose thread was woken; see to_wake
         self.asked = False  # the loop is going to claim
         self.account = Account()
         self.handoff_failures = 0
 
     # For spawners.
 
-    def is_full(self) -> bool:
-        """Tell whether a task would be dropped now."""
-        return self.queued >= self.capacity or self.state is not State.OPEN
-
     def put(self, task: Task) -> DropReason | None:
         """Accept `task` and return None, or count a drop and return its reason."""
-        lock, waiting, reason, seat, ask = self.lock, self.waiting, None, None, False
-        try:
+        lock, wake, reason = self.lock, None, None
+        try:  # as in `step`, whose wrapper would cost each spawn 0.2 µs
             if not lock.acquire(False):
                 acquire(lock)
-            task.figures = figures = self.account.by_name.get(task.name) or self.account.of(task.name)
+            task.figures = figures = self.account.get(task.name) or self.account.of(task.name)
             # No call from here to the next one: all of it is done or nothing, and nobody spawns in between.
             figures.spawned += 1
             if self.queued >= self.capacity or self.state is not State.OPEN:
@@ -70,17 +103,12 @@ class TaskQueue(Steps):
                 if self.check_out_new:
                     self.checked_out[task] = None
                 else:
-                    waiting.append(task)
+                    self.waiting.append(task)
                 if self.idle:
-                    if task.asynchronous and waiting and waiting[0].asynchronous:
-                        ask, self.asked = not self.asked, True
-                    else:
-                        seat = self.to_wake()
+                    wake = self.to_wake()
             lock.release()
-            if seat is not None:
-                seat.bell.put(None)
-            elif ask and not self.ask_loop():
-                self.unask()
+            if wake is not None:
+                wake()
         except BaseException:
             self.repair()
             raise
@@ -89,110 +117,98 @@ class TaskQueue(Steps):
         return reason
 
     @step
-    def withdraw(self, task: Task, reason: DropReason) -> bool:
-        """Drop a `task` that was just put; False if it does not wait any more, and so is accounted for."""
-        if task.life is not Life.WAITING:
-            return False
-        # No call from here to the last one, so all of it is done or nothing.
-        task.life = Life.ENDED
-        task.figures.queued -= 1
-        task.figures.dropped[reason] += 1
-        self.queued -= 1
-        if task in self.checked_out:
-            del self.checked_out[task]
-        else:
-            self.waiting.remove(task)
-        self.strike(task)
-        return True
-
-    @step
-    def refuse(self, name: str) -> DropReason:
-        """Count the drop of a task called `name` that finds no place, and return the reason."""
-        reason = DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN
-        self.account.drop(name, reason)
+    def refuse(self, name: str, reason: DropReason | None = None) -> DropReason:
+        """Count the drop of a task called `name` that was not even made, and return the reason."""
+        if reason is None:
+            reason = DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN
+        figures = self.account.of(name)
+        figures.spawned += 1
+        figures.dropped[reason] += 1
         return reason
 
-    # For slots. `seat` is the slot that asks.
+    # For slots. `slot` is the one that asks.
 
     @step
-    def seat(self, seats: Sequence[Seat]) -> None:
-        """Have `seats`, all of them idle, and no others."""
-        for seat in self.idle:
-            seat.place = Place.OUT
-        for seat in seats:
-            seat.place = Place.IDLE
-        self.seats, self.idle = [*seats], [*reversed(seats)]
-        self.waking, self.asked = None, False
+    def set_slots(self, slots: Sequence[SlotState]) -> None:
+        """Have `slots`, all of them idle, and no others."""
+        self._set_slots(slots)
 
     @step
-    def unseat_if_idle(self) -> bool:
-        """Have no seats, so that nothing starts; False if a slot is not idle."""
-        if len(self.idle) < len(self.seats):
-            return False
-        for seat in self.idle:
-            seat.place = Place.OUT
-        self.seats, self.idle = [], []
-        self.waking, self.asked = None, False
-        return True
+    def remove_slots_if_idle(self) -> bool:
+        """Have no slots, so that nothing starts; False if one is not idle."""
+        all_idle = len(self.idle) == len(self.slots)
+        if all_idle:
+            self._set_slots([])
+        return all_idle
 
-    def to_wake(self) -> Seat | None:
-        """Return the idle slot whose bell shall be rung, after the step, if tasks wait.
+    def _set_slots(self, slots: Sequence[SlotState]) -> None:
+        for slot in self.idle:
+            slot.place = Place.OUT
+        for slot in slots:
+            slot.place = Place.IDLE
+        self.slots, self.idle = [*slots], [*reversed(slots)]
+        self.waking, self.asked = None, False
+
+    def to_wake(self) -> Callable[[], object] | None:
+        """Return what wakes an idle slot, to be called after the step; None if no task waits for one.
 
         One thread is woken at a time: as it takes its task, it has the next one woken, if more tasks wait. So
-        a burst costs its spawner one wake-up, and small tasks cost few changes of threads.
+        a burst costs its spawner one wake-up, and small tasks cost few changes of threads. Coroutines are
+        left to the loop, which claims an idle slot for each.
         """
-        if not self.idle or not self.waiting or self.paused or self.waking is not None:
+        waiting = self.waiting
+        if not self.idle or not waiting or self.paused:
+            return None
+        if waiting[0].asynchronous and waiting[-1].asynchronous:
+            if self.asked:
+                return None
+            self.asked = True
+            return self.ask_loop
+        if self.waking is not None:
             return None
         self.waking = self.idle[-1]
-        return self.waking
+        return self.waking.wake
 
     @step
-    def unask(self) -> None:
-        """Leave to the threads what the loop was asked to claim: it is not there."""
-        self.asked = False
-
-    @step
-    def claim(self) -> Seat | None:
-        """Give the oldest waiting task, if it is asynchronous, to an idle slot, and return that slot."""
+    def claim(self) -> SlotState | None:
+        """Give the oldest waiting task to an idle slot, and return that, if the task is asynchronous."""
         self.asked = False
         if not self.idle or not self.waiting or self.paused or not self.waiting[0].asynchronous:
             return None
-        seat = self.idle.pop()
-        seat.place = Place.LOOP
-        self._give(seat, monotonic())
-        return seat
+        slot = self.idle.pop()
+        slot.place = Place.LOOP
+        self._give(slot, monotonic())
+        return slot
 
-    def _give(self, seat: Seat, now: float) -> Task:
-        """Move the oldest waiting task to `seat`."""
+    def _give(self, slot: SlotState, now: float) -> Task:
+        """Move the oldest waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
         task = self.waiting[0]
         figures = task.figures
+        task.begin(now)
         # No call from here to the last one, so all of it is done or nothing.
         self.queued -= 1
         figures.queued -= 1
         figures.running += 1
-        task.started_at = now
-        task.verdict = task.runner = task.stop_reason = None
-        task.continued = task.overran = False
-        seat.task = task
-        if task.asynchronous:
-            task.life = Life.RUNNING if seat.place is Place.LOOP else Life.LENT
-            seat.place = Place.LOOP
-        else:
-            task.life, seat.place = Life.RUNNING, Place.THREAD
+        task.life = Life.RUNNING
+        slot.task = task
+        if slot.place is not Place.LOOP or not task.asynchronous:
+            slot.place = Place.THREAD
         self.waiting.popleft()
         return task
 
     @step
-    def take(self, seat: Seat) -> Task | None:
+    def take(self, slot: SlotState) -> Task | None:
         """Return the task that the slot's thread shall go on with; None if it may sleep."""
-        if self.waking is seat:
+        if self.waking is slot:
             self.waking = None
-        if seat.place is Place.IDLE and self.waiting and not self.paused:
-            self.idle.remove(seat)  # first: if an exception comes in between, nobody else gives it a task
-            return self._give(seat, monotonic())
-        return seat.task if seat.place is Place.THREAD else None
+        if slot.place is Place.IDLE and self.waiting and not self.paused:
+            self.idle.remove(slot)  # first: if an exception comes in between, nobody else gives it a task
+            return self._give(slot, monotonic())
+        if slot.place is Place.THREAD and slot.task is None:
+            return self._next(slot, monotonic())
+        return slot.task if slot.place is Place.THREAD else None
 
-    def end(self, seat: Seat, task: Task, outcome: Outcome, *, take: bool = True) -> Task | None:
+    def end(self, slot: SlotState, task: Task, outcome: Outcome, *, take: bool = True) -> Task | None:
         """Count `task` as ended, unless a shutdown has given it up, and counted it, before.
 
         Returns:
@@ -202,55 +218,37 @@ class TaskQueue(Steps):
         times = task.times(now)
         if not lock.acquire(False):
             acquire(lock)
-        try:
+        try:  # no step: nobody has to be woken, and an exception from outside is for the slot to mend
             task.end(outcome, times)
-            seat.task = None
+            slot.task = None
             if take:
-                following = self._next(seat, now)
+                following = self._next(slot, now)
             if self.drains:
-                self.strike(task)
+                self.mark_ended(task)
         finally:
             lock.release()
         if self.drains:
-            self.announce()
+            self.tell_drains()
         return following
 
-    def _next(self, seat: Seat, now: float) -> Task | None:
+    def _next(self, slot: SlotState, now: float) -> Task | None:
         if self.waiting and not self.paused:
-            return self._give(seat, now)
-        self._go_idle(seat)
+            return self._give(slot, now)
+        self._go_idle(slot)
         return None
 
-    def _go_idle(self, seat: Seat) -> None:
-        seat.place = Place.IDLE if seat in self.seats else Place.OUT
-        if seat.place is Place.IDLE:
-            self.idle.append(seat)
+    def _go_idle(self, slot: SlotState) -> None:
+        slot.place = Place.IDLE if slot in self.slots else Place.OUT
+        if slot.place is Place.IDLE:
+            self.idle.append(slot)
 
     @step
-    def next(self, seat: Seat) -> Task | None:
-        """Return the next task of a slot that has ended one without taking another; None if it is idle."""
-        return self._next(seat, monotonic())
-
-    @step
-    def begin(self, task: Task) -> bool:
-        """Begin a task that was lent to the loop; False if it began, or was counted, before. On the loop."""
-        lent = task.life is Life.LENT
-        if lent:
-            task.life = Life.RUNNING
-        return lent
-
-    @step
-    def lend(self, seat: Seat, task: Task) -> bool:
-        """Pass the slot to the loop: its plain function goes on as a coroutine. False if it was given up."""
-        running = task.life is Life.RUNNING
-        if running:
-            task.life, seat.place = Life.LENT, Place.LOOP
-        return running
-
-    @step
-    def return_to_thread(self, seat: Seat) -> None:
-        """Have the slot's thread end the task, once it is started. On the loop."""
-        seat.place = Place.THREAD
+    def move(self, slot: SlotState, task: Task, place: Place, to: Place) -> bool:
+        """Let the next one go on with the slot, if it is at `place` with a `task` that was not given up."""
+        moved = slot.task is task and slot.place is place and task.life is Life.RUNNING
+        if moved:
+            slot.place = to
+        return moved
 
     @step
     def decide(self, task: Task, outcome: Outcome) -> bool:
@@ -259,30 +257,25 @@ class TaskQueue(Steps):
         return task.life is not Life.ENDED
 
     @step
-    def interrupted(self, seat: Seat) -> Task | None:
+    def interrupted(self, slot: SlotState) -> Task | None:
         """Return the task that an exception has hit on the slot's thread; None if none was, or it goes on."""
-        task = seat.task
-        if task is None and seat.place is Place.THREAD:
-            self._go_idle(seat)
-        if task is None or (seat.place is Place.LOOP and task.life is not Life.LENT):
+        if slot.task is None or slot.place is Place.LOOP:
             return None
-        if task.life is Life.LENT:
-            task.life = Life.RUNNING  # the loop shall not begin it any more
-        seat.place = Place.THREAD
-        return task
+        slot.place = Place.THREAD  # the loop shall not begin it any more
+        return slot.task
 
     def repair(self) -> None:
-        """Go on after an exception from outside in a step of this thread: nobody may miss a wake-up."""
+        """Go on after an exception from outside in a step of this thread: no slot may miss its task."""
         free(self.lock)
         with self.lock:
             self.waking, self.asked = None, False
-            self.idle = [seat for seat in self.seats if seat.place is Place.IDLE]
+            self.idle = [slot for slot in self.slots if slot.place is Place.IDLE]
             for waiter in list(self.drains):
                 waiter.pending = {task for task in waiter.pending if task.life is not Life.ENDED}
-            seats = [*self.seats]
-        for seat in seats:
-            seat.start()
-        self.announce()
+            slots = [*self.slots]
+        for slot in slots:
+            slot.go_on()
+        self.tell_drains()
 
     # For a task that runs in the code that spawns it.
 
@@ -324,13 +317,14 @@ class TaskQueue(Steps):
 
     @step
     def count_handed_off(self, task: Task) -> bool:
-        """Count a checked-out `task` as the engine's; False if it was cancelled or withdrawn before."""
-        return task in self.checked_out and self._end_waiting(task, Outcome.HANDED_OFF, [])
-
-    def _end_waiting(self, task: Task, outcome: Outcome, ended: list[Task]) -> bool:
-        """Move the oldest waiting task, or one that is checked out, to `ended`; False if it was before."""
-        if task.life is not Life.WAITING:
+        """Count a checked-out `task` as the engine's; False if a shutdown has cancelled it before."""
+        if task not in self.checked_out:
             return False
+        self._end_waiting(task, Outcome.HANDED_OFF, [])
+        return True
+
+    def _end_waiting(self, task: Task, outcome: Outcome, ended: list[Task]) -> None:
+        """Move the oldest waiting task, or one that is checked out, to `ended`."""
         # No call from here to the last one, so all of it is done or nothing.
         task.life, task.outcome = Life.ENDED, outcome
         task.figures.queued -= 1
@@ -341,8 +335,7 @@ class TaskQueue(Steps):
             del self.checked_out[task]
         else:
             del self.waiting[0]
-        self.strike(task)
-        return True
+        self.mark_ended(task)
 
     # For whoever pauses or ends the pool.
 
@@ -369,9 +362,7 @@ class TaskQueue(Steps):
         """Close for good, and move what waits to `cancelled`; and if `checked_out`, what is checked out."""
         self.state = State.CLOSED
         self.check_out_new = False
-        while self.waiting:
-            self._end_waiting(self.waiting[0], Outcome.CANCELLED, cancelled)
-        for task in [*self.checked_out] if checked_out else ():
+        for task in [*self.waiting, *(self.checked_out if checked_out else ())]:
             self._end_waiting(task, Outcome.CANCELLED, cancelled)
 
     @step
@@ -385,60 +376,20 @@ class TaskQueue(Steps):
             outcome = Outcome.CANCELLED if verdict is None else verdict
             if task.end(outcome, task.times(now)) and verdict is None:
                 cancelled.append(task)
-            self.strike(task)
+            self.mark_ended(task)
 
-    # For whoever waits or looks.
+    # For whoever looks.
 
-    def _running(self) -> list[Task]:
-        tasks = [seat.task for seat in self.seats]
+    @step
+    def read(self, look: Callable[[TaskQueue], T]) -> T:
+        """Return what `look` sees at one moment. It must call nothing of the user's."""
+        return look(self)
+
+    def running(self) -> list[Task]:
+        """Return the tasks that run; all of one moment only as a part of a step."""
+        tasks = [slot.task for slot in self.slots]
         return [task for task in tasks if task is not None and task.life is not Life.ENDED]
 
-    @step
-    def running(self) -> list[Task]:
-        """Return the tasks that run now."""
-        return self._running()
-
-    @step
-    def held(self) -> list[Task]:
-        """Return the tasks that wait now, those that are checked out first."""
-        return [*self.checked_out, *self.waiting]
-
-    @step
     def tasks(self) -> set[Task]:
-        """Return the tasks that wait or run now."""
-        return self.accepted()
-
-    def accepted(self) -> set[Task]:
         """Return the tasks that wait or run. Part of a step."""
-        return {*self.checked_out, *self.waiting, *self._running()}
-
-    @step
-    def ended(self) -> int:
-        """Return how many tasks have ended."""
-        return sum(sum(figures.ended) for figures in list(self.account.by_name.values()))
-
-    @step
-    def oldest_wait(self) -> float | None:
-        """Return for how many seconds the oldest waiting task has waited; None if none waits."""
-        since = [task.spawned_at for task in self.checked_out]
-        if self.waiting:
-            since.append(self.waiting[0].spawned_at)
-        return monotonic() - min(since) if since else None
-
-    def stats(self) -> PoolStats:
-        """Return the figures of this moment."""
-        return self.stats_by_name()[0]
-
-    def stats_by_name(self) -> tuple[PoolStats, list[NameStats]]:
-        """Return the figures of this moment, and what they are made of by the tasks' names."""
-        names, of_the_pool = self._copy()
-        return PoolStats.sum_of(names, **of_the_pool), sorted(names)
-
-    @step
-    def _copy(self) -> tuple[list[NameStats], dict[str, int]]:
-        return [figures.copy() for figures in list(self.account.by_name.values())], {
-            "capacity": self.capacity,
-            "conn_max": self.conn_max,
-            "stuck": sum(task.overran for task in self._running()),
-            "handoff_failures": self.handoff_failures,
-        }
+        return {*self.checked_out, *self.waiting, *self.running()}

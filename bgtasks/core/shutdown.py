@@ -8,11 +8,13 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from time import monotonic
 
 from bgtasks.core.drainer import STOP_PATIENCE, Drainer, join
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
+from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task, current_task
 
@@ -32,7 +34,7 @@ class Shutdown:
         self.complete = False  # under the lock
         self._drainer = drainer
         self._deadline: float | None = None  # monotonic seconds; see hasten
-        self._bell: queue.SimpleQueue[object] = queue.SimpleQueue()  # wakes the one who shuts down
+        self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the one who shuts down
         self._asked: list[Task] = []  # running tasks that shall end; under the lock
         self._cancelled: list[Task] = []  # what was given up; under the lock
         self._told = 0  # of these, how many the listeners know of; under the lock
@@ -45,15 +47,15 @@ class Shutdown:
     def hasten(self, deadline: float) -> None:
         """Give up at `deadline` (monotonic seconds), unless it does so before."""
         self._deadline = min(deadline, self._deadline or deadline)
-        self._bell.put(None)
+        self._signal.put(None)
 
     def wait(self, own: Task | None) -> None:
         """Wait until nothing but `own` waits or runs, or the time is over; then cancel what waits."""
         slots, tasks = self.slots, self.slots.queue
         slots.wind_up(self.deadline)
-        while tasks.tasks() - {own}:
+        while self._unfinished() - {own}:
             left = self.deadline - monotonic()
-            if left <= 0 or (tasks.held() and not self._drainer.ensure(slots)):
+            if left <= 0 or (tasks.queued and not self._drainer.ensure(slots)):
                 break  # or nobody is there to run them
             # The start of threads may fail behind our back, and then nobody would wake us.
             self._sleep(left if slots.all else min(left, START_PATIENCE), except_for={own})
@@ -66,23 +68,24 @@ class Shutdown:
 
     def give_up(self, patience: float) -> None:
         """Wait until `patience` (monotonic seconds) for cancelled coroutines, and give up what still runs."""
-        slots, tasks = self.slots, self.slots.queue
         asked = {task for task in self._asked if task.asynchronous}
-        hopeless: set[Task | None] = {*tasks.tasks() - asked}
-        while tasks.tasks() - hopeless and (left := patience - monotonic()) > 0:
+        hopeless: set[Task | None] = {*self._unfinished() - asked}
+        while self._unfinished() - hopeless and (left := patience - monotonic()) > 0:
             self._sleep(left, except_for=hopeless)
-        slots.abandon(self._cancelled)
-        tasks.give_up(self._asked, self._cancelled)
+        self.slots.abandon(self._cancelled)
+        self.slots.queue.give_up(self._asked, self._cancelled)
         self._tell()
+
+    def _unfinished(self) -> set[Task]:
+        return self.slots.queue.read(TaskQueue.tasks)
 
     def _sleep(self, seconds: float, *, except_for: set[Task | None]) -> None:
         """Sleep until all but these tasks have ended, the deadline is brought forward, or time is over."""
         tasks = self.slots.queue
-        waiter = tasks.drain_waiter(except_for=except_for)
-        waiter.add_done_callback(self._bell.put)
+        waiter = tasks.drain_waiter(partial(self._signal.put, None), except_for=except_for)
         with contextlib.suppress(queue.Empty):
-            self._bell.get(timeout=seconds)
-        waiter.cancel()
+            self._signal.get(timeout=seconds)
+        tasks.forget(waiter)
 
     def _tell(self) -> None:
         """Tell the listeners of the cancelled tasks that they do not know of yet."""
@@ -99,11 +102,8 @@ class Shutdown:
             How many tasks were cancelled, and the threads to join.
         """
         pool = self.slots.queue.pool
-        known = set(self._cancelled)
-        by_themselves = [
-            task for task in self._asked if task.outcome is Outcome.CANCELLED and task not in known
-        ]
-        tasks = [*self._cancelled, *by_themselves]
+        by_themselves = [task for task in self._asked if task.outcome is Outcome.CANCELLED]
+        tasks = dict.fromkeys([*self._cancelled, *by_themselves])
         if tasks:
             counts = Counter(task.name for task in tasks).most_common()
             names = ", ".join(f"{count} {name!r}" for name, count in counts)

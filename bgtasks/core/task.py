@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
+import inspect
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
 from time import monotonic
-from typing import Any, cast
-
-from asgiref.sync import ThreadSensitiveContext
+from typing import Any
 
 from bgtasks.core.figures import BOUNDS, NameFigures, Outcome
 
 
 class Life(enum.Enum):
-    """Where a task is. One direction; every change is a step under the pool's lock."""
+    """The life of a task, in one direction. Every change is a step under the pool's lock."""
 
     WAITING = "waiting"  # in the queue, or checked out of it
-    LENT = "lent"  # in a slot, whose loop has not begun it
-    RUNNING = "running"
+    RUNNING = "running"  # in a slot
     ENDED = "ended"  # counted; its function may still be running if a shutdown has given it up
 
 
@@ -32,18 +29,18 @@ class Task:
     """One named unit of work, from ``spawn`` to its outcome."""
 
     __slots__ = (
-        "__weakref__", "args", "asynchronous", "captured", "context", "continued", "figures", "function",
-        "kwargs", "life", "name", "outcome", "overran", "runner", "spawned_at", "started_at", "stop_reason",
-        "verdict",
+        "__weakref__", "args", "asynchronous", "captured", "context", "figures", "function", "kwargs",
+        "life", "name", "outcome", "overran", "runner", "spawned_at", "started_at", "stop_reason", "verdict",
+        "watched",
     )  # fmt: skip
 
-    started_at: float  # monotonic seconds; under the pool's lock
     figures: NameFigures  # of its name; written as it is put, under the pool's lock
+    started_at: float  # monotonic seconds; under the pool's lock
     # Written by whoever runs the task, its slot's thread or the loop:
     verdict: Outcome | None  # how its function ended, until that is counted
-    continued: bool  # it is the coroutine that a plain function returned
+    watched: bool  # the listeners know that it has started
     runner: asyncio.Task[None] | None  # while it waits on the loop
-    stop_reason: Outcome | None  # TIMED_OUT or CANCELLED, if it was asked to stop; written on the loop
+    stop_reason: Outcome | None  # TIMED_OUT or CANCELLED, once it was asked to stop; written on the loop
     overran: bool  # past TASK_TIMEOUT and still running; written by whoever sees it first
 
     def __init__(  # noqa: PLR0917  # keywords would cost every spawn 0.1 µs
@@ -68,9 +65,11 @@ class Task:
         self.life = Life.WAITING
         self.outcome: Outcome | None = None  # written once, as the task is counted
 
-    def begin(self) -> None:
-        """Start now, in the code that spawns it."""
-        self.started_at = monotonic()
+    def begin(self, now: float) -> None:
+        """Start at `now` (monotonic seconds). It calls nothing, so that it can be a part of a step."""
+        self.started_at = now
+        self.verdict = self.runner = self.stop_reason = None
+        self.watched = self.overran = False
 
     def times(self, now: float) -> tuple[float, int, float, int]:
         """Return the seconds that the task waited, and has run until `now`, each with its bucket."""
@@ -100,16 +99,12 @@ class Task:
         function = self.function
         return function(*self.args, **self.kwargs) if callable(function) else function
 
-    def continue_with(self, coroutine: Coroutine[Any, Any, Any], context: Context, captured: object) -> None:
-        """Go on as `coroutine`, which the task's plain function has returned in `context`."""
-        self.function = coroutine
-        self.context, self.captured = context, captured
-        self.asynchronous = self.continued = True
-
     def discard(self) -> None:
         """Close the coroutine object of a task that will not run, so that Python does not warn of it."""
-        if not callable(self.function):
-            self.function.close()
+        function = self.function
+        begun = inspect.iscoroutine(function) and inspect.getcoroutinestate(function) != inspect.CORO_CREATED
+        if not callable(function) and not begun:
+            function.close()
 
 
 # The task in which the current code runs. Weak, since it lies in the context that the task itself holds.
@@ -129,16 +124,16 @@ class Hooks:
         """Return what ``enter`` needs beside a copy of the caller's context."""
 
     def enter(self, context: Context, captured: object) -> None:  # noqa: ARG002
-        """Make the current context, a new one, the task's, of what was captured where it was spawned."""
+        """Make the current context the task's, of what was captured where it was spawned."""
         for variable, value in context.items():
             variable.set(value)
 
     def leave(self) -> None:
         """Let go of what the task's context holds open. Called inside the task's context."""
 
-    def slot_context(self, slot: Executor) -> Callable[[], AbstractContextManager[None]]:
+    def slot_context(self, slot: Executor) -> Callable[[], AbstractContextManager[None]]:  # noqa: ARG002
         """Return what makes the context, one a task, in which `slot` has the thread-sensitive calls."""
-        return lambda: PublicSlotContext(slot)
+        return nullcontext
 
     def clean(self) -> None:
         """Close or return this thread's database connections as Django does after a request."""
@@ -151,26 +146,10 @@ class Hooks:
         return False
 
     def started(self, task: Task) -> None:
-        """Tell the listeners that `task` starts."""
+        """Tell the listeners that `task` starts. Called on its slot's thread, in its context."""
 
     def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
-        """Tell the listeners that `task` has ended."""
+        """Tell the listeners that `task` has ended. If it has run, on its slot's thread, in its context."""
 
-    def failed(self, task: Task, outcome: Outcome, error: BaseException) -> bool:  # noqa: ARG002
-        """Keep what `task` raised, to be looked at; True if it has logged that by itself."""
-        return False
-
-
-class PublicSlotContext(ThreadSensitiveContext):
-    """asgiref's asynchronous context, which waits for nothing, as a plain one."""
-
-    def __init__(self, slot: Executor) -> None:
-        super().__init__(executor=slot)
-
-    def __enter__(self) -> None:
-        with contextlib.suppress(StopIteration):
-            self.__aenter__().send(None)  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(StopIteration):
-            cast(Any, self).__aexit__(None, None, None).send(None)
+    def ended(self, task: Task, outcome: Outcome, error: BaseException | None, waiting: int) -> None:
+        """Log how `task` ended, while so many are `waiting`. Called in its context, before ``finished``."""

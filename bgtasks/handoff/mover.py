@@ -22,8 +22,7 @@ from weakref import WeakSet
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log, logger
 from bgtasks.core.loop import Loop
-from bgtasks.core.places import State
-from bgtasks.core.queue import TaskQueue
+from bgtasks.core.queue import State, TaskQueue
 from bgtasks.core.task import Hooks, Task
 from bgtasks.handoff.engine import Engine, Fate, Parcel
 
@@ -161,8 +160,8 @@ class Mover:
             if self._bell is not bell:
                 return
             with self.queue.lock:
-                # Without seats a fork is under way, unless it finds that something runs.
-                self.in_pass = bool(self.queue.seats)
+                # Without slots a fork is under way, unless it finds that something runs.
+                self.in_pass = bool(self.queue.slots)
             if not self.in_pass:
                 patience = PAUSE
                 continue

@@ -63,14 +63,14 @@ class HandoffSlots(Slots):
         mover = self.mover.thread
         return super().threads() if mover is None else [*super().threads(), mover]
 
-    def unseat_if_idle(self) -> bool:
+    def step_aside_if_idle(self) -> bool:
         """Have nothing start, for a fork; False if something runs or is being moved."""
-        if not super().unseat_if_idle():
+        if not super().step_aside_if_idle():
             return False
-        # From here on the mover begins no pass: it does so only while there are seats.
+        # From here on the mover begins no pass: it does so only while there are slots.
         if self.mover.thread is None or not (self.mover.in_pass or self.queue.checked_out):
             return True
-        self.queue.seat(self.all)
+        self.queue.set_slots(self.all)
         return False
 
     def wind_up(self, deadline: float) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from bgtasks.core.drainer import Drainer
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from bgtasks.core.slots import Slots
+from bgtasks.monitoring.figures import oldest_wait, read_stats
 from bgtasks.monitoring.snapshot import drainer_state
 
 
@@ -18,11 +19,11 @@ def problems(drainer: Drainer, pools: Iterable[Slots], wait_max: float | None) -
 
 def _problems(slots: Slots, wait_max: float | None) -> Iterator[str]:
     queue = slots.queue
-    oldest = queue.oldest_wait()
+    oldest = oldest_wait(queue)
     threads = [slot.thread for slot in slots.all]  # none before the pool's first task
     if queue.state is not State.OPEN:
         yield f"pool {queue.pool!r} is shut down"
-    if queue.stats().stuck >= slots.runners:
+    if read_stats(queue).stuck >= slots.runners:
         yield f"all {slots.runners} slots of pool {queue.pool!r} are stuck"
     if threads and not any(thread.is_alive() for thread in threads):
         yield f"all slots of pool {queue.pool!r} are dead"

@@ -13,11 +13,12 @@ from typing import Any, Protocol
 from django.core.cache import caches
 
 from bgtasks import conf
-from bgtasks.core.figures import BOUNDS, OTHERS, Outcome, Times
+from bgtasks.core.figures import BOUNDS, OTHERS, Outcome
 from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
 from bgtasks.hooks import LAST
 from bgtasks.monitoring import snapshot
+from bgtasks.monitoring.figures import Times
 from bgtasks.monitoring.publisher import HISTORY, PLACES, Publisher, pause_key, place_key, snapshot_key
 
 Json = dict[str, Any]

@@ -26,12 +26,12 @@ from django.core.cache import BaseCache, caches
 
 from bgtasks import conf
 from bgtasks.core.drainer import FORK_PATIENCE, STOP_PATIENCE, Drainer
-from bgtasks.core.figures import PoolStats
 from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
 from bgtasks.hooks import close_connections
 from bgtasks.monitoring import snapshot
-from bgtasks.monitoring.thread import BackgroundThread
+from bgtasks.monitoring.figures import PoolStats, read_stats
+from bgtasks.monitoring.thread import MonitorThread
 
 PLACES = 256  # processes of a site that can be seen
 KEPT = 3600  # seconds that the cache keeps a snapshot
@@ -55,7 +55,7 @@ def pause_key(pool: str) -> str:
     return f"bgtasks.{snapshot.VERSION}.paused.{quote(pool, safe='')}"[:200]
 
 
-class Publisher(BackgroundThread):
+class Publisher(MonitorThread):
     """The thread that publishes, while there is something to publish."""
 
     role = "publisher"
@@ -124,7 +124,7 @@ class Publisher(BackgroundThread):
     def _look(self) -> tuple[dict[str, PoolStats], bool]:
         """Return the figures of all pools, and whether anything happens."""
         pools = list(self._built())
-        stats = {slots.queue.pool: slots.queue.stats() for slots in pools}
+        stats = {slots.queue.pool: read_stats(slots.queue) for slots in pools}
         busy = any(of.queued or of.running for of in stats.values())
         return stats, busy or stats != self._seen or any(slots.queue.paused for slots in pools)
 

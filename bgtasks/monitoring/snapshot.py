@@ -14,11 +14,12 @@ from time import monotonic, time
 from types import FrameType
 from typing import Any
 
-from bgtasks.core.drainer import Drainer, Life
-from bgtasks.core.figures import NameStats, Outcome, Times
+from bgtasks.core.drainer import Drainer
+from bgtasks.core.figures import Outcome
 from bgtasks.core.slots import Slot, Slots
 from bgtasks.core.task import Task
 from bgtasks.hooks import DjangoHooks, Recent
+from bgtasks.monitoring.figures import NameStats, Times, oldest_wait, read_stats_by_name
 
 VERSION = 2  # of the form of a snapshot and of its BOUNDS; one of another version is not read
 STACK_AFTER = 10.0  # seconds that a task runs before its stack is shown, stuck or not
@@ -77,21 +78,21 @@ def take(
 
 def drainer_state(drainer: Drainer) -> str:
     """Return "running", "dead" if its thread has ended unasked, or "stopped"."""
-    if drainer.life is not Life.RUNNING:
+    if not drainer.running:
         return "stopped"
     return "running" if drainer.loop.is_alive() else "dead"
 
 
 def _pool(slots: Slots, history: Sequence[Sample]) -> Json:
     queue = slots.queue
-    stats, names = queue.stats_by_name()
+    stats, names = read_stats_by_name(queue)
     recent = slots.hooks.recent if isinstance(slots.hooks, DjangoHooks) else Recent()
     return {
         "name": queue.pool,
         "state": queue.state.value,
         "paused": queue.paused,
         "stats": {**asdict(stats), "runners": slots.runners},
-        "oldest": queue.oldest_wait(),
+        "oldest": oldest_wait(queue),
         "threads": sum(slot.thread.is_alive() for slot in slots.all),
         "names": [_name(of) for of in names],
         "running": _running(slots),

@@ -12,8 +12,8 @@ from typing import ClassVar
 from bgtasks.core.log import log
 
 
-class BackgroundThread:
-    """A thread beside the drainer. Implements bgtasks.core.drainer.Companion.
+class MonitorThread:
+    """A thread beside the drainer. Implements bgtasks.core.drainer.BackgroundThread.
 
     Slots call ``notify`` as they begin to work, so it waits for nothing: a bare thread starts the real one.
     ``Thread.start`` waits for the new thread, which takes milliseconds while others hold the GIL.
@@ -49,7 +49,7 @@ class BackgroundThread:
         """Tell whether there is something to do. Called on the thread after its work."""
         raise NotImplementedError
 
-    # Companion.
+    # For the drainer and its slots.
 
     def notify(self) -> None:
         """Have the thread there. Any thread may call this, and it waits for nothing."""

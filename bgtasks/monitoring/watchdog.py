@@ -12,12 +12,12 @@ from time import monotonic
 from bgtasks.core.log import indented, log
 from bgtasks.core.slots import Slot, Slots
 from bgtasks.core.task import Life, Task
-from bgtasks.monitoring.thread import BackgroundThread
+from bgtasks.monitoring.thread import MonitorThread
 
 OVERRUN = "task %r of pool %r runs for longer than %g s and holds slot %r at:\n%s"
 
 
-class Watchdog(BackgroundThread):
+class Watchdog(MonitorThread):
     """A thread that looks at running tasks whenever one may be due, and ends when none runs.
 
     It is not the drainer's loop, which a task may block. It sleeps until the first function that runs is past

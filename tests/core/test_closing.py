@@ -17,10 +17,11 @@ import pytest
 from asgiref.sync import sync_to_async
 
 from bgtasks import signals
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from bgtasks.core.shutdown import Shutdown, shut_down
+from bgtasks.monitoring.figures import read_stats
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.pool import Companion, Core, FailingStart, make_task, receiving
+from tests.pool import BackgroundThread, Core, FailingStart, make_task, receiving
 
 
 async def nothing() -> None:
@@ -289,7 +290,7 @@ def test_waiting_coroutine_object_is_closed_by_a_shutdown(impatient: None) -> No
 def test_coroutine_that_the_loop_has_not_begun_is_cancelled(impatient: None) -> None:
     """It never begins, however late the loop comes to look; and no thread beside the drainer comes again."""
     with Core(conn_max=1) as core, Gate(bound=10 * BOUND) as held, Gate() as looked:
-        core.drainer.companions = [companion := Companion()]
+        core.drainer.background = [companion := BackgroundThread()]
         core.drainer.loop.call_soon(held)
         held.wait_entered()
         core.spawn("waits", nothing)
@@ -456,7 +457,7 @@ def test_pool_out_of_time_takes_none_from_the_others() -> None:
         closing.join(BOUND)
 
         assert closed.result(0) == 2
-        assert other.queue.stats().succeeded == 1
+        assert read_stats(other.queue).succeeded == 1
 
 
 # A task that asks for it.

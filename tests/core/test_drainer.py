@@ -8,16 +8,17 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import pytest
 
 import bgtasks.core.drainer
-from bgtasks.core.drainer import Drainer, Life
+from bgtasks.core.drainer import Drainer
 from bgtasks.core.slots import Slots
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import (
-    Companion,
+    BackgroundThread,
     Core,
     FailingStart,
     after_call,
@@ -192,20 +193,6 @@ def test_task_that_waits_when_the_drainer_stops_runs_with_the_next_start() -> No
         assert_conn_max_is_exact(core)
 
 
-class LateBell:
-    """A slot's bell that calls something before it rings the first time."""
-
-    def __init__(self, bell: Any, before: Callable[[], object]) -> None:
-        self._bell = bell
-        self._before: Callable[[], object] | None = before
-
-    def put(self, item: None) -> None:
-        before, self._before = self._before, None
-        if before is not None:
-            before()
-        self._bell.put(item)
-
-
 @pytest.mark.parametrize("first", [print, nothing], ids=["plain", "asynchronous"])
 def test_pool_that_stopped_as_somebody_was_woken_waits_for_nobody(first: Any, patient: None) -> None:
     """A pool whose threads are started again does not rely on one that was woken before.
@@ -216,17 +203,16 @@ def test_pool_that_stopped_as_somebody_was_woken_waits_for_nobody(first: Any, pa
     """
     with Core(conn_max=1) as core:
         wait_idle(core.slots)
-        vars(core.slots.all[0])["bell"] = LateBell(core.slots.all[0].bell, core.drainer.stop)
-        ask_loop = core.queue.ask_loop
+        [slot] = core.slots.all
+        wake, ask_loop = slot.wake, core.queue.ask_loop
 
-        def ask_too_late() -> bool:
-            core.queue.ask_loop = ask_loop
+        def stop_and(go_on: Callable[[], object]) -> None:
+            slot.wake, core.queue.ask_loop = wake, ask_loop
             core.drainer.stop()
-            return True
+            go_on()
 
-        core.queue.ask_loop = ask_too_late
+        slot.wake, core.queue.ask_loop = partial(stop_and, wake), partial(stop_and, ask_loop)
         core.spawn("first", first)
-        core.queue.ask_loop = ask_loop
         core.start()
         core.drain()
         wait_idle(core.slots)
@@ -248,9 +234,9 @@ def test_start_that_comes_after_the_shutdown_starts_nothing() -> None:
     """
     with Core(start=False) as core:
         core.close(0)
-        core.drainer._start_aside()
+        core.drainer._start_wanted()
 
-        assert core.drainer.life is Life.STOPPED
+        assert core.drainer.running is False
         assert core.threads() == []
 
 
@@ -321,10 +307,11 @@ def test_two_starts_at_once_are_one(started_by_a_thread: None) -> None:
     with Core(start=False, conn_max=2) as core:
         barrier = threading.Barrier(2)
         starts = [
-            threading.Thread(target=lambda: (barrier.wait(BOUND), core.drainer._start_aside()))
+            threading.Thread(target=lambda: (barrier.wait(BOUND), core.drainer._start_wanted()))
             for _ in range(2)
         ]
         assert core.queue.put(make_task("waits")) is None
+        core.drainer._wanted[core.slots] = None
         for start in starts:
             start.start()
         for start in starts:
@@ -385,7 +372,7 @@ def test_loop_thread_that_does_not_start_leaves_no_loop(monkeypatch: pytest.Monk
 
         assert core.threads() == []
         assert core.drainer.loop.running is core.drainer.loop.thread is None
-        assert core.drainer.life is Life.STOPPED
+        assert core.drainer.running is False
 
 
 def test_loop_that_cannot_be_made_is_an_error_of_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,9 +387,9 @@ def test_loop_that_cannot_be_made_is_an_error_of_start(monkeypatch: pytest.Monke
             with pytest.raises(OSError, match="Too many open files"):
                 core.drainer.start()
 
-        assert core.drainer.life is Life.STOPPED
+        assert core.drainer.running is False
         core.drainer.start()
-        assert core.drainer.life is Life.RUNNING
+        assert core.drainer.running
 
 
 def test_start_that_fails_behind_a_spawn_is_logged_and_tried_again(
@@ -426,11 +413,11 @@ def test_start_that_fails_behind_a_spawn_is_logged_and_tried_again(
 # Forks.
 
 
-def fork(core: Core) -> tuple[Life, list[threading.Thread]]:
-    """Call the hooks of a fork in the parent, and return how the drainer was in between, and its threads."""
-    core.drainer.before_fork()
-    during = core.drainer.life, core.threads()
-    core.drainer.after_fork_in_parent()
+def fork(core: Core) -> tuple[bool, list[threading.Thread]]:
+    """Call the hooks of a fork in the parent; return whether the drainer ran in between, and its threads."""
+    core.forks.before_fork()
+    during = core.drainer.running, core.threads()
+    core.forks.after_fork_in_parent()
     return during
 
 
@@ -438,7 +425,7 @@ class OtherFork:
     """A fork on a thread of its own, which is over when the test says so."""
 
     def __init__(self, core: Core) -> None:
-        self._drainer = core.drainer
+        self._forks = core.forks
         self._begun, self._end = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._fork)
 
@@ -457,10 +444,10 @@ class OtherFork:
         assert self._begun.wait(BOUND)
 
     def _fork(self) -> None:
-        self._drainer.before_fork()
+        self._forks.before_fork()
         self._begun.set()
         assert self._end.wait(BOUND)
-        self._drainer.after_fork_in_parent()
+        self._forks.after_fork_in_parent()
 
 
 def test_idle_drainer_steps_aside_before_a_fork(patient: None) -> None:
@@ -468,11 +455,11 @@ def test_idle_drainer_steps_aside_before_a_fork(patient: None) -> None:
     with Core(conn_max=2) as core:
         core.spawn("works", nothing)
         core.drain()
-        core.drainer.companions = [companion := Companion()]
+        core.drainer.background = [companion := BackgroundThread()]
 
-        assert fork(core) == (Life.ASIDE, [])
+        assert fork(core) == (False, [])
 
-        assert core.drainer.life is Life.STOPPED
+        assert core.drainer.running is False
         assert companion.heard == ["stop"]
         assert core.threads() == []
         core.spawn("next", nothing)
@@ -485,14 +472,14 @@ def test_idle_drainer_steps_aside_before_a_fork(patient: None) -> None:
 def test_busy_drainer_is_left_alone_by_a_fork(gate: Any) -> None:
     """A fork in the middle of a task does not touch it, nor the threads."""
     with Core(conn_max=2) as core, gate() as held:
-        core.drainer.companions = [companion := Companion()]
+        core.drainer.background = [companion := BackgroundThread()]
         core.spawn("held", held)
         held.wait_entered()
         before = core.threads()
 
-        assert fork(core) == (Life.RUNNING, before)
+        assert fork(core) == (True, before)
 
-        assert core.drainer.life is Life.RUNNING
+        assert core.drainer.running
         assert companion.heard == ["notify"]
         held.open()
         core.drain()
@@ -509,10 +496,10 @@ def test_busy_drainer_goes_on_behind_a_fork() -> None:
         async_gate.wait_entered()
         core.spawn("waits", print, end="")
 
-        core.drainer.before_fork()
+        core.forks.before_fork()
         core.spawn("meanwhile", print, end="")
         core.spawn("meanwhile", nothing)
-        core.drainer.after_fork_in_parent()
+        core.forks.after_fork_in_parent()
         gate.open()
         async_gate.open()
         core.drain()
@@ -538,9 +525,9 @@ def test_coroutine_left_behind_is_not_cancelled_by_a_fork() -> None:
         core.drain()
         released = event.result(BOUND)
 
-        life, _ = fork(core)
+        running, _ = fork(core)
 
-        assert life is Life.RUNNING
+        assert running
         core.drainer.loop.call_later(0, released.set)
 
 
@@ -552,9 +539,9 @@ def test_pool_whose_neighbour_is_busy_keeps_its_slots() -> None:
         put_in(other, "held", gate)
         gate.wait_entered()
 
-        life, _ = fork(core)
+        running, _ = fork(core)
 
-        assert life is Life.RUNNING
+        assert running
         assert_conn_max_is_exact(core)
 
 
@@ -565,7 +552,7 @@ def test_fork_on_a_slots_own_thread_does_not_wait_for_it() -> None:
         core.drain()
 
         assert core.stats().succeeded == 1
-        assert core.drainer.life is Life.RUNNING
+        assert core.drainer.running
         assert_conn_max_is_exact(core)
 
 
@@ -576,7 +563,7 @@ def test_fork_on_the_drainers_own_thread_does_not_wait_for_it() -> None:
 
         core.drainer.loop.call_soon(lambda: during.set_result(fork(core)))
 
-        assert during.result(BOUND)[0] is Life.RUNNING
+        assert during.result(BOUND)[0]
         assert_conn_max_is_exact(core)
 
 
@@ -584,11 +571,10 @@ def test_fork_on_the_drainers_own_thread_does_not_wait_for_it() -> None:
 def test_task_spawned_during_a_fork_runs_after_it(task: Any, patient: None) -> None:
     """While a fork is under way nothing is started, and a task that comes then is not forgotten."""
     with Core(conn_max=1) as core:
-        core.drainer.before_fork()
+        core.forks.before_fork()
         assert core.spawn("meanwhile", task) is True
-        core.start()
         during = core.threads()
-        core.drainer.after_fork_in_parent()
+        core.forks.after_fork_in_parent()
         core.drain()
 
         assert during == []
@@ -599,42 +585,16 @@ def test_no_other_thread_is_in_the_middle_of_a_step_during_a_fork(patient: None)
     """The spawn of another thread waits for the fork to be over: its child would inherit half of it."""
     accepted: Future[bool] = Future()
     with Core(conn_max=1) as core:
-        core.drainer.before_fork()
+        core.forks.before_fork()
         spawner = threading.Thread(target=lambda: accepted.set_result(core.spawn("meanwhile", nothing)))
         spawner.start()
         spawned = core.stats().spawned
-        core.drainer.after_fork_in_parent()
+        core.forks.after_fork_in_parent()
 
         assert accepted.result(BOUND) is True
         core.drain()
         spawner.join(BOUND)
         assert spawned == 0
-        assert core.stats().succeeded == 1
-
-
-def test_task_spawned_by_the_start_that_a_fork_has_held_up_runs(started_by_a_thread: None) -> None:
-    """A start that met a fork and was turned away does not lose the task it was for.
-
-    1. spawner: appends a task, and has a thread start the drainer
-    2. a fork begins
-    3. the thread: finds the fork under way, and does not start
-    4. the fork is over: a task waits, but somebody seems to be starting already
-    5. the thread: is not starting any more, has to look again
-    """
-    with Core(start=False, conn_max=1) as core:
-        drainer = core.drainer
-        start = drainer.start
-
-        def start_in_a_fork() -> None:
-            drainer.start = start
-            drainer.before_fork()
-            start()
-
-        drainer.start = start_in_a_fork
-        with after_call(drainer, "_open_pools", drainer.after_fork_in_parent):
-            assert core.spawn("first", print, end="") is True
-            core.drain()
-
         assert core.stats().succeeded == 1
 
 
@@ -645,7 +605,7 @@ def test_paused_pool_forks_with_what_waits(patient: None) -> None:
         core.spawn("waits", print, end="")
         core.spawn("waits", nothing)
 
-        assert fork(core) == (Life.ASIDE, [])
+        assert fork(core) == (False, [])
 
         assert core.stats().queued == 2
         core.queue.resume()
@@ -654,19 +614,17 @@ def test_paused_pool_forks_with_what_waits(patient: None) -> None:
 
 
 def test_forks_at_once_end_with_the_last(patient: None) -> None:
-    """Two threads fork at once: the drainer comes back when the second fork is over, and not before."""
+    """Two threads fork at once: one waits for the other, and nothing is started in between."""
     with Core(conn_max=1) as core, OtherFork(core) as other:
         other.wait_begun()
         with OtherFork(core) as last:
-            wait_until(lambda: core.drainer._forks == 2)
-            core.drainer.loop.call_soon(pytest.fail)  # there is none
             other.end()
             last.wait_begun()
-            between = core.drainer.life, core.threads()
+            between = core.drainer.running, core.threads()
         core.spawn("next", nothing)
         core.drain()
 
-        assert between == (Life.ASIDE, [])
+        assert between == (False, [])
         assert core.stats().succeeded == 1
 
 
@@ -675,7 +633,7 @@ def test_fork_before_any_start_starts_nothing() -> None:
     with Core(start=False) as core:
         fork(core)
 
-        assert core.drainer.life is Life.STOPPED
+        assert core.drainer.running is False
         assert core.threads() == []
 
 
@@ -692,7 +650,7 @@ def test_coroutine_that_waits_for_a_blocked_loop_survives_a_fork(patient: None) 
         ran.append(1)
 
     with Core(conn_max=1) as core, Gate() as held:
-        core.drainer.companions = [companion := Companion()]
+        core.drainer.background = [companion := BackgroundThread()]
         core.drainer.loop.call_soon(held)
         held.wait_entered()
         core.spawn("left", run)
@@ -755,8 +713,8 @@ def test_fork_waits_for_a_slot_that_is_about_to_be_idle(
     """
     core, pace = half_idle
 
-    with after_call(core.slots, "unseat_if_idle", pace.go_on.set):
-        assert fork(core) == (Life.ASIDE, [])
+    with after_call(core.slots, "step_aside_if_idle", pace.go_on.set):
+        assert fork(core) == (False, [])
 
     assert_conn_max_is_exact(core)
 
@@ -768,24 +726,24 @@ def test_fork_does_not_wait_for_ever(
     core, pace = half_idle
     monkeypatch.setattr(bgtasks.core.drainer, "FORK_PATIENCE", 0)
 
-    life, _ = fork(core)
+    running, _ = fork(core)
     pace.go_on.set()
 
-    assert life is Life.RUNNING
+    assert running
     assert_conn_max_is_exact(core)
 
 
 def test_child_has_no_pools_and_closes_what_waited(patient: None) -> None:
     """In a child the drainer starts from nothing; coroutine objects that waited in the parent are closed."""
     with Core(conn_max=1) as core:
-        core.drainer.companions = [companion := Companion()]
-        core.drainer.before_fork()
+        core.drainer.background = [companion := BackgroundThread()]
+        core.forks.before_fork()
         coroutine = nothing()
         core.spawn("meanwhile", coroutine)
 
-        core.drainer.after_fork_in_child()
+        core.forks.after_fork_in_child()
 
-        assert core.drainer.life is Life.STOPPED
+        assert core.drainer.running is False
         assert core.drainer.threads() == set()
         assert companion.heard == ["stop", "forget"]
         with pytest.raises(RuntimeError, match="cannot reuse already awaited coroutine"):

@@ -22,7 +22,6 @@ from django.conf import settings
 
 import bgtasks
 from bgtasks import pools
-from bgtasks.core.drainer import Life
 from tests.gate import BOUND, AsyncGate, Gate
 from tests.scripts import run_function
 from tests.scripts.call import threads_at_fork
@@ -500,8 +499,8 @@ def test_grandchild_starts_anew() -> None:
 
 def script_life() -> list[Any]:
     pools.restart()
-    lives = [pools.drainer.life is Life.STOPPED]
-    child = fork(lambda: [pools.drainer.life is Life.STOPPED, spawn_and_drain()])
+    lives = [pools.drainer.running is False]
+    child = fork(lambda: [pools.drainer.running is False, spawn_and_drain()])
     return [lives, child, spawn_and_drain()]
 
 

@@ -20,9 +20,10 @@ from asgiref.sync import sync_to_async
 
 import bgtasks
 import bgtasks.core.shutdown
+from bgtasks.monitoring.figures import read_stats_by_name
 from bgtasks.signals import task_finished
 from tests.gate import BOUND, AsyncGate, Gate
-from tests.pool import Core, assert_whole
+from tests.pool import Core, Drained, assert_whole
 
 
 class Interruption(BaseException):
@@ -169,7 +170,7 @@ ALARMED: dict[str, Callable[[Core], object]] = {
     "spawn": lambda core: core.spawn("plain", int),
     "spawn a coroutine function": lambda core: core.spawn("coroutine", nothing),
     "drain": lambda core: core.pool.drain(0.001),
-    "stats": lambda core: core.queue.stats_by_name(),
+    "stats": lambda core: read_stats_by_name(core.queue),
     "pause": lambda core: (core.queue.pause(), core.queue.resume()),
 }
 
@@ -209,7 +210,7 @@ def interrupt_shutdown(n: int) -> bool:  # pragma: no cover  # the raise upsets 
         for _ in range(2):
             core.spawn("waits", print)
             core.spawn("coroutine", nothing())
-        waiter = core.queue.drain_waiter()
+        waiter = Drained(core.queue)
         task_finished.connect(note)
         sys.setprofile(interrupt)
         try:

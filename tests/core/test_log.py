@@ -85,7 +85,7 @@ def test_names_of_cancelled_tasks_cannot_forge_a_line() -> None:
 def test_name_of_an_overrunning_task_cannot_forge_a_line() -> None:
     """Nor does the report of a task past its TASK_TIMEOUT."""
     with Core(task_timeout=0.01) as core, Gate() as gate:
-        core.drainer.companions.append(Watchdog(lambda: [core.slots]))
+        core.drainer.background.append(Watchdog(lambda: [core.slots]))
         core.spawn(FORGED, gate)
 
         [line] = core.logs.wait("runs for longer")
@@ -232,7 +232,7 @@ def test_arguments_are_never_logged(function: Callable[..., Any]) -> None:
     """Not a drop, a failure, an overrun nor a shutdown shows what a task was given: it may be personal."""
     secret = "anna@example.org"
     with Core(capacity=1, conn_max=1, task_timeout=0.01) as core, Gate() as gate:
-        core.drainer.companions.append(Watchdog(lambda: [core.slots]))
+        core.drainer.background.append(Watchdog(lambda: [core.slots]))
         core.spawn("fails", function, secret, to=secret)
         core.drain()
         core.spawn("overruns", gate, secret, to=secret)

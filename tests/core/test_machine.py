@@ -187,10 +187,10 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(asynchronous=st.none() | st.booleans())
     def fork(self, asynchronous: bool | None) -> None:
         """As os.fork calls its hooks, perhaps with a spawn by another thread in the middle."""
-        self.core.drainer.before_fork()
+        self.core.forks.before_fork()
         if asynchronous is not None:
             self.put(Work(f"task-{self.spawned}", asynchronous))
-        self.core.drainer.after_fork_in_parent()
+        self.core.forks.after_fork_in_parent()
 
     @precondition(lambda self: self.is_open)
     @rule()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from bgtasks.core import pace
-from bgtasks.core.pace import (
-    GRAIN,
+from bgtasks.core.drainer import Drainer
+from bgtasks.core.pace import GRAIN, STEP, Pace
+from bgtasks.monitoring import pace
+from bgtasks.monitoring.pace import (
     INTERVAL_MAX,
     LATE,
     LOOK_FOR,
@@ -18,14 +19,13 @@ from bgtasks.core.pace import (
     RETRY,
     SHARE,
     SMALL,
-    STEP,
     TRIAL,
     WANTED,
-    Pace,
+    MeasuredPace,
     processor_time,
 )
 from tests.gate import BOUND, Gate, wait_until
-from tests.pool import Companion, Core, wait_idle
+from tests.pool import BackgroundThread, Core, wait_idle
 
 pytestmark = pytest.mark.skipif(not pace.CAN_MEASURE, reason="needs the processor time of each thread")
 
@@ -34,7 +34,7 @@ class Process:
     """A process as the drainer sees it: shows it to a `Pace`, look by look."""
 
     def __init__(self, *, slots: float = 0.0, ended: int = 0) -> None:
-        self.pace = Pace()
+        self.pace = MeasuredPace(Drainer())
         self.now = self.others = 0.0
         self.slots = slots
         self.ended = ended
@@ -316,7 +316,7 @@ def spawn_until(core: Core, task: Callable[[], object], done: Callable[[], objec
 def test_slots_that_compute_are_slowed_down() -> None:
     """Slots that go from task to task are looked at, and wait as the pace asks them to."""
     with Core(conn_max=2) as core:
-        spawn_until(core, compute, lambda: core.drainer.pace.interval)
+        spawn_until(core, compute, lambda: core.pace.interval)
         before = core.stats().succeeded
         assert core.stats().queued
 
@@ -333,8 +333,8 @@ def test_it_is_said_once_a_minute_that_slots_are_slowed_down(monkeypatch: pytest
     monkeypatch.setattr(pace, "INTERVAL_MAX", 0.01)
     with Core(conn_max=2) as core:
         spawn_until(core, compute, lambda: core.logs.of("a plain function is started every 10.0 ms"))
-        looks = core.drainer.pace._before
-        spawn_until(core, compute, lambda: core.drainer.pace._before != looks)
+        looks = core.pace._before
+        spawn_until(core, compute, lambda: core.pace._before != looks)
 
         assert len(core.logs.of("is started every")) == 1
         assert core.close(BOUND) == 0
@@ -344,7 +344,7 @@ def test_it_is_said_once_a_minute_that_slots_are_slowed_down(monkeypatch: pytest
 def test_shutdown_frees_the_pace() -> None:
     """What waits is worked off as fast as it can be, and nothing of it is cancelled."""
     with Core(conn_max=1) as core:
-        spawn_until(core, compute, lambda: core.drainer.pace.interval > BOUND / 2)
+        spawn_until(core, compute, lambda: core.pace.interval > BOUND / 2)
         for _ in range(20):
             core.spawn("waits", compute)
 
@@ -358,12 +358,12 @@ def test_nobody_looks_at_an_idle_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last look comes when every slot is at rest, and leaves no timer behind."""
     monkeypatch.setattr(pace, "INTERVAL_MAX", 0.001)
     with Core(conn_max=2) as core:
-        spawn_until(core, compute, lambda: core.drainer.pace.interval)
+        spawn_until(core, compute, lambda: core.pace.interval)
         core.drain()
 
-        wait_until(lambda: not core.drainer.pace._looking)
+        wait_until(lambda: not core.pace._looking)
 
-        assert core.drainer.pace.interval == 0.0
+        assert core.pace.interval == 0.0
 
 
 def test_processor_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,13 +372,13 @@ def test_processor_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     end = threading.Event()
     companion = threading.Thread(target=lambda: (compute(0.2), end.wait(BOUND)))
     with Core(conn_max=2) as core:
-        core.drainer.companions = [Companion(companion)]
+        core.drainer.background = [BackgroundThread(companion)]
 
         def look(now: float, **reading: Any) -> bool:
             readings.append(reading)
             return True
 
-        monkeypatch.setattr(core.drainer.pace, "look", look)
+        monkeypatch.setattr(core.pace, "look", look)
         for _ in range(300):
             core.spawn("computes", compute)
         wait_until(lambda: readings)
@@ -399,13 +399,13 @@ def test_processor_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_look_that_is_interrupted_slows_nobody_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception from outside may hit the loop there, and nobody would look again."""
     with Core(conn_max=2) as core:
-        spawn_until(core, compute, lambda: core.drainer.pace.interval > 1)
+        spawn_until(core, compute, lambda: core.pace.interval > 1)
 
         def interrupted(*args: Any, **kwargs: Any) -> bool:
             monkeypatch.undo()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(core.drainer.pace, "look", interrupted)
+        monkeypatch.setattr(core.pace, "look", interrupted)
         core.drain()
 
         assert core.logs.wait("the drainer's loop was interrupted; it goes on")
@@ -416,15 +416,15 @@ def test_single_tasks_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None
     """A task that finds an idle pool, and no other behind it, does not wake the loop."""
     asked: list[object] = []
     with Core(conn_max=1) as core:
-        monkeypatch.setattr(core.drainer.pace, "applies", lambda: asked.append(1))
+        monkeypatch.setattr(core.pace, "applies", lambda: asked.append(1))
         for _ in range(10):
             core.spawn("single", compute)
             core.drain()
             wait_idle(core.slots)
 
         assert not asked
-        assert not core.drainer.pace._looking
-        assert core.drainer.pace._before is None
+        assert not core.pace._looking
+        assert core.pace._before is None
 
 
 @pytest.mark.usefixtures("strict")
@@ -432,13 +432,13 @@ def test_pace_is_looked_at_again_after_a_fork(monkeypatch: pytest.MonkeyPatch) -
     """The timer has ended with the loop of before, and what it last said holds no longer."""
     monkeypatch.setattr(pace, "INTERVAL_MAX", 0.001)
     with Core(conn_max=2) as core:
-        spawn_until(core, compute, lambda: core.drainer.pace.interval)
+        spawn_until(core, compute, lambda: core.pace.interval)
         core.drain()
         wait_idle(core.slots)
-        core.drainer.before_fork()
-        core.drainer.after_fork_in_parent()
+        core.forks.before_fork()
+        core.forks.after_fork_in_parent()
 
-        spawn_until(core, compute, lambda: core.drainer.pace.interval)
+        spawn_until(core, compute, lambda: core.pace.interval)
 
         assert core.close(BOUND) == 0
 
@@ -475,5 +475,5 @@ def test_nobody_is_slowed_down_where_it_cannot_be_measured(monkeypatch: pytest.M
         gate.open()
         core.drain()
 
-        assert not core.drainer.pace._looking
-        assert core.drainer.pace._before is None
+        assert not core.pace._looking
+        assert core.pace._before is None

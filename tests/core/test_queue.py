@@ -7,22 +7,22 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import bgtasks.core
 from bgtasks import PoolStats
-from bgtasks.core.drain import DrainWaiter
 from bgtasks.core.drainer import Drainer
-from bgtasks.core.figures import NAMES_MAX, OTHERS, DropReason, NameStats, Outcome
-from bgtasks.core.places import Place, Seat, State
-from bgtasks.core.queue import TaskQueue
+from bgtasks.core.figures import NAMES_MAX, OTHERS, DropReason, Outcome
+from bgtasks.core.queue import Place, SlotState, State, TaskQueue
 from bgtasks.core.task import Life, Task
+from bgtasks.monitoring.figures import NameStats, oldest_wait, read_stats, read_stats_by_name
 from tests.gate import BOUND, Gate
-from tests.pool import Core, after_call, make_task
+from tests.pool import Core, Drained, after_call, held, make_task
 
 THREADS = 64
 SPAWNS = 200  # by each thread
@@ -65,30 +65,35 @@ def is_balanced(of: NameStats) -> bool:
     return of.spawned == of.queued + of.running + sum(of.ended) + sum(of.dropped.values())
 
 
-class StillSeat(Seat):
-    """A slot without a thread: the test does what the thread would do."""
-
-    def start(self) -> None:
-        self.bell.put(None)
-
-
-def new_queue(capacity: int = 3, conn_max: int = 1) -> tuple[TaskQueue, list[StillSeat]]:
+def new_queue(capacity: int = 3, conn_max: int = 1) -> tuple[TaskQueue, list[SlotState]]:
     """Return a queue with idle slots that do nothing by themselves."""
     queue = TaskQueue("q", capacity, conn_max)
-    seats = [StillSeat() for _ in range(conn_max)]
-    queue.seat(seats)
-    return queue, seats
+    slots = [SlotState() for _ in range(conn_max)]
+    queue.set_slots(slots)
+    return queue, slots
 
 
-def put_and_take(queue: TaskQueue, *seats: Seat) -> list[Task]:
-    """Put a task for each of `seats`, and have it run there."""
-    tasks = [make_task() for _ in seats]
-    for seat, task in zip(seats, tasks, strict=True):
+def put_and_take(queue: TaskQueue, *slots: SlotState) -> list[Task]:
+    """Put a task for each of `slots`, and have it run there."""
+    tasks = [make_task() for _ in slots]
+    for slot, task in zip(slots, tasks, strict=True):
         queue.put(task)
-        while not seat.bell.empty():
-            seat.bell.get()
-        assert queue.take(seat) is task
+        while not slot.signal.empty():
+            slot.signal.get()
+        assert queue.take(slot) is task
     return tasks
+
+
+def lend(queue: TaskQueue, slot: SlotState, task: Task) -> bool:
+    return queue.move(slot, task, Place.THREAD, Place.LENT)
+
+
+def begin(queue: TaskQueue, slot: SlotState, task: Task) -> bool:
+    return queue.move(slot, task, Place.LENT, Place.LOOP)
+
+
+def return_to_thread(queue: TaskQueue, slot: SlotState, task: Task) -> bool:
+    return queue.move(slot, task, Place.LOOP, Place.THREAD)
 
 
 async def never_awaited() -> None:
@@ -109,28 +114,12 @@ def test_put_past_capacity_drops() -> None:
     queue = TaskQueue("q", 2, 1)
     assert [queue.put(make_task()) for _ in range(3)] == [None, None, DropReason.FULL]
 
-    seat = StillSeat()
-    queue.seat([seat])
-    queue.take(seat)
+    slot = SlotState()
+    queue.set_slots([slot])
+    queue.take(slot)
 
     assert queue.put(make_task()) is None
     assert queue.put(make_task()) is DropReason.FULL
-
-
-def test_full_queue_says_so() -> None:
-    """A queue is full if the next task would be dropped: no place is free, or it was closed."""
-    queue = TaskQueue("q", 1, 1)
-    assert not queue.is_full()
-    queue.put(make_task())
-    assert queue.is_full()
-    seat = StillSeat()
-    queue.seat([seat])
-    queue.take(seat)
-    assert not queue.is_full()
-
-    queue.close()
-
-    assert queue.is_full()
 
 
 def test_capacity_is_exact_for_threads_that_put_at_once(switching: None) -> None:
@@ -146,8 +135,8 @@ def test_capacity_is_exact_for_threads_that_put_at_once(switching: None) -> None
 
     in_threads(THREADS, put_many)
 
-    assert sum(accepted) == len(queue.waiting) == queue.stats().queued == 1024
-    assert queue.stats().dropped == THREADS * 100 - 1024
+    assert sum(accepted) == len(queue.waiting) == read_stats(queue).queued == 1024
+    assert read_stats(queue).dropped == THREADS * 100 - 1024
 
 
 def test_every_spawn_of_64_threads_is_accounted_for_at_every_moment(switching: None) -> None:
@@ -187,7 +176,7 @@ def test_every_spawn_of_64_threads_is_accounted_for_at_every_moment(switching: N
             nonlocal samples
             while not done.is_set():
                 returned_before = sum(accepted) + sum(dropped)
-                stats, names = core.queue.stats_by_name()
+                stats, names = read_stats_by_name(core.queue)
                 begun_after = sum(begun)
                 samples += 1
                 if not (  # pragma: no branch
@@ -207,7 +196,7 @@ def test_every_spawn_of_64_threads_is_accounted_for_at_every_moment(switching: N
         finally:
             done.set()
         reader.join()
-        stats, names = core.queue.stats_by_name()
+        stats, names = read_stats_by_name(core.queue)
 
     assert errors == []
     assert samples > 0
@@ -225,7 +214,7 @@ def test_names_without_number_fill_no_memory() -> None:
     for i in range(NAMES_MAX + 50):
         queue.put(make_task(f"name-{i}"))
 
-    stats, names = queue.stats_by_name()
+    stats, names = read_stats_by_name(queue)
 
     assert len(names) == NAMES_MAX + 1
     assert next(of.spawned for of in names if of.name == OTHERS) == 50
@@ -247,11 +236,11 @@ def test_dropped_coroutine_object_is_closed(reason: Any) -> None:
     assert queue.put(make_task("task", coroutine, asynchronous=True)) is reason
 
     assert_closed(coroutine)
-    assert queue.stats().dropped == 1
+    assert read_stats(queue).dropped == 1
 
 
 def test_coroutine_object_for_which_there_is_no_thread_is_closed() -> None:
-    """So it is if it was put and then withdrawn, since no thread can be started."""
+    """So it is if no thread can be started."""
     coroutine = never_awaited()
     with Core(start=False, drainer=Drainer(may_start=lambda: False)) as core:
         assert core.spawn("task", coroutine) is False
@@ -268,47 +257,9 @@ def test_refused_task_is_a_drop() -> None:
     queue.close()
     assert queue.refuse("refused") is DropReason.SHUTDOWN
 
-    stats, names = queue.stats_by_name()
+    stats, names = read_stats_by_name(queue)
     assert (stats.spawned, stats.dropped, stats.queued) == (3, 2, 1)
     assert names[0].dropped == {"full": 1, "shutdown": 1}
-
-
-def test_withdrawn_task_gives_its_place_back() -> None:
-    """A task that was taken back counts as dropped, and its place is free again."""
-    queue = TaskQueue("q", 2, 1)
-    task = make_task()
-    queue.put(task)
-    queue.put(make_task())
-
-    assert queue.withdraw(task, DropReason.NO_THREAD) is True
-
-    assert queue.put(make_task()) is None
-    assert queue.put(make_task()) is DropReason.FULL
-    stats, [of] = queue.stats_by_name()
-    assert (stats.spawned, stats.dropped, stats.queued) == (4, 2, 2)
-    assert of.dropped == {"full": 1, "no_thread": 1}
-
-
-def test_task_cannot_be_withdrawn_twice() -> None:
-    """A task that was withdrawn is counted as one drop, however often that is asked for."""
-    queue = TaskQueue("q", 2, 1)
-    task = make_task()
-    queue.put(task)
-    assert queue.withdraw(task, DropReason.NO_THREAD) is True
-
-    assert queue.withdraw(task, DropReason.NO_THREAD) is False
-
-    assert (queue.stats().spawned, queue.stats().dropped) == (1, 1)
-
-
-def test_taken_task_cannot_be_withdrawn() -> None:
-    """A task that was taken runs, so it is not taken back and not counted as dropped."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-
-    assert queue.withdraw(task, DropReason.NO_THREAD) is False
-
-    assert (queue.stats().running, queue.stats().dropped) == (1, 0)
 
 
 # The end of a queue's life.
@@ -316,15 +267,15 @@ def test_taken_task_cannot_be_withdrawn() -> None:
 
 def test_closed_queue_accepts_nothing() -> None:
     """Once a queue is closed, every task is dropped, with room or without, and what waits still runs."""
-    queue, [seat] = new_queue()
+    queue, [slot] = new_queue()
     task = make_task()
     queue.put(task)
     queue.close()
 
     assert queue.put(make_task()) is DropReason.SHUTDOWN
 
-    assert queue.stats().dropped == 1
-    assert queue.take(seat) is task
+    assert read_stats(queue).dropped == 1
+    assert queue.take(slot) is task
 
 
 def test_closed_queue_stays_closed() -> None:
@@ -344,22 +295,22 @@ def test_closed_queue_stays_closed() -> None:
 
 def test_close_ends_a_pause() -> None:
     """What was accepted before a shutdown runs, even if the pool was paused."""
-    queue, [seat] = new_queue()
+    queue, [slot] = new_queue()
     assert queue.pause() is True
     task = make_task()
     queue.put(task)
-    assert queue.take(seat) is None
+    assert queue.take(slot) is None
 
     queue.close()
 
-    assert not seat.bell.empty()
-    assert queue.take(seat) is task
+    assert not slot.signal.empty()
+    assert queue.take(slot) is task
 
 
 def test_cancel_waiting_leaves_what_runs() -> None:
     """The waiting tasks are cancelled in their order; running ones go on."""
-    queue, [seat] = new_queue()
-    [running] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [running] = put_and_take(queue, slot)
     first, second = make_task(), make_task()
     queue.put(first)
     queue.put(second)
@@ -370,7 +321,7 @@ def test_cancel_waiting_leaves_what_runs() -> None:
     assert cancelled == [first, second]
     assert first.outcome is second.outcome is Outcome.CANCELLED
     assert queue.running() == [running]
-    assert (queue.stats().cancelled, queue.stats().queued) == (2, 0)
+    assert (read_stats(queue).cancelled, read_stats(queue).queued) == (2, 0)
 
 
 # Taking and ending.
@@ -378,12 +329,12 @@ def test_cancel_waiting_leaves_what_runs() -> None:
 
 def test_tasks_are_taken_in_the_order_of_their_spawning() -> None:
     """The task that has waited longest is taken first, and runs from then on."""
-    queue, [seat, other] = new_queue(conn_max=2)
+    queue, [slot, other] = new_queue(conn_max=2)
     first, second = make_task(), make_task()
     queue.put(first)
     queue.put(second)
 
-    assert [queue.take(seat), queue.take(other)] == [first, second]
+    assert [queue.take(slot), queue.take(other)] == [first, second]
 
     assert set(queue.running()) == {first, second}
     assert first.started_at >= first.spawned_at
@@ -391,48 +342,48 @@ def test_tasks_are_taken_in_the_order_of_their_spawning() -> None:
 
 def test_slot_that_ends_a_task_goes_on_with_the_next() -> None:
     """A slot that ends a task is given the oldest waiting one with it, and is idle if none waits."""
-    queue, [seat] = new_queue()
-    [first] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [first] = put_and_take(queue, slot)
     second = make_task()
     queue.put(second)
 
-    assert queue.end(seat, first, Outcome.SUCCEEDED) is second
-    assert queue.end(seat, second, Outcome.SUCCEEDED) is None
+    assert queue.end(slot, first, Outcome.SUCCEEDED) is second
+    assert queue.end(slot, second, Outcome.SUCCEEDED) is None
 
-    assert seat.place is Place.IDLE
-    assert seat.task is None
-    assert queue.stats().succeeded == 2
+    assert slot.place is Place.IDLE
+    assert slot.task is None
+    assert read_stats(queue).succeeded == 2
 
 
 def test_one_thread_is_woken_at_a_time() -> None:
     """A burst rings one bell. Whoever takes a task has the next slot woken, if more tasks wait."""
-    queue, seats = new_queue(conn_max=3)
+    queue, slots = new_queue(conn_max=3)
     for _ in range(3):
         queue.put(make_task())
-    assert sum(seat.bell.qsize() for seat in seats) == 1
+    assert sum(slot.signal.qsize() for slot in slots) == 1
 
     for woken in range(1, 4):
-        [seat] = [seat for seat in seats if not seat.bell.empty()]
-        seat.bell.get()
-        assert queue.take(seat) is not None
+        [slot] = [slot for slot in slots if not slot.signal.empty()]
+        slot.signal.get()
+        assert queue.take(slot) is not None
         assert len(queue.running()) == woken
 
-    assert all(seat.bell.empty() for seat in seats)
+    assert all(slot.signal.empty() for slot in slots)
 
 
 def test_slots_that_are_opened_while_one_is_woken_are_woken() -> None:
     """A slot that was on its way to a task when it was stopped does not keep others from being woken."""
-    queue, [seat] = new_queue()
+    queue, [slot] = new_queue()
     task = make_task()
     queue.put(task)
-    assert not seat.bell.empty()
+    assert not slot.signal.empty()
 
-    queue.seat([])
-    [new] = seats = [StillSeat()]
-    queue.seat(seats)
+    queue.set_slots([])
+    [new] = slots = [SlotState()]
+    queue.set_slots(slots)
 
-    assert not new.bell.empty()
-    assert queue.take(seat) is None
+    assert not new.signal.empty()
+    assert queue.take(slot) is None
     assert queue.take(new) is task
 
 
@@ -442,104 +393,104 @@ def test_slot_that_is_stopped_while_it_runs_a_task_gets_no_other() -> None:
     1. drainer: takes the slots out
     2. slot: ends its task, and has not heard yet that it shall stop
     """
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    queue.seat([])
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    queue.set_slots([])
 
-    assert queue.end(seat, task, Outcome.SUCCEEDED) is None
+    assert queue.end(slot, task, Outcome.SUCCEEDED) is None
     waiting = make_task()
     queue.put(waiting)
-    [new] = seats = [StillSeat()]
-    queue.seat(seats)
+    [new] = slots = [SlotState()]
+    queue.set_slots(slots)
 
-    assert not new.bell.empty()
-    assert queue.take(seat) is None
+    assert not new.signal.empty()
+    assert queue.take(slot) is None
     assert queue.take(new) is waiting
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_slots_leave_only_if_none_is_busy(asynchronous: Any) -> None:
     """For a fork all slots are taken out at once, if none runs a task; then nothing starts."""
-    queue, [seat, _] = new_queue(conn_max=2)
+    queue, [slot, _] = new_queue(conn_max=2)
     task = make_task(asynchronous=asynchronous)
     queue.put(task)
-    queue.take(seat)
-    assert queue.unseat_if_idle() is False
+    queue.take(slot)
+    assert queue.remove_slots_if_idle() is False
 
-    queue.end(seat, task, Outcome.SUCCEEDED)
+    queue.end(slot, task, Outcome.SUCCEEDED)
 
-    assert queue.unseat_if_idle() is True
+    assert queue.remove_slots_if_idle() is True
     queue.put(make_task())
-    assert queue.take(seat) is None
-    assert queue.stats().queued == 1
+    assert queue.take(slot) is None
+    assert read_stats(queue).queued == 1
 
 
 def test_paused_queue_gives_nothing() -> None:
     """While it is paused, tasks wait up to the capacity, and slots are woken when it goes on."""
-    queue, [seat] = new_queue(capacity=2)
-    [first] = put_and_take(queue, seat)
+    queue, [slot] = new_queue(capacity=2)
+    [first] = put_and_take(queue, slot)
     assert queue.pause() is True
     assert [queue.put(make_task()) for _ in range(3)] == [None, None, DropReason.FULL]
-    assert queue.end(seat, first, Outcome.SUCCEEDED) is None
-    assert queue.take(seat) is None
-    assert seat.bell.empty()
+    assert queue.end(slot, first, Outcome.SUCCEEDED) is None
+    assert queue.take(slot) is None
+    assert slot.signal.empty()
 
     queue.resume()
 
-    assert not seat.bell.empty()
-    assert queue.take(seat) is not None
+    assert not slot.signal.empty()
+    assert queue.take(slot) is not None
 
 
 def test_slot_that_ends_a_task_without_taking_one_takes_it_later() -> None:
     """A slot that waits between two tasks is not idle meanwhile: nothing else is given to it."""
-    queue, [seat] = new_queue()
-    [first] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [first] = put_and_take(queue, slot)
     second = make_task()
     queue.put(second)
 
-    assert queue.end(seat, first, Outcome.SUCCEEDED, take=False) is None
-    assert queue.unseat_if_idle() is False
-    assert queue.stats().running == 0
+    assert queue.end(slot, first, Outcome.SUCCEEDED, take=False) is None
+    assert queue.remove_slots_if_idle() is False
+    assert read_stats(queue).running == 0
 
-    assert queue.next(seat) is second
-    queue.end(seat, second, Outcome.SUCCEEDED, take=False)
-    assert queue.next(seat) is None
-    assert seat.place is Place.IDLE
+    assert queue.take(slot) is second
+    queue.end(slot, second, Outcome.SUCCEEDED, take=False)
+    assert queue.take(slot) is None
+    assert slot.place is Place.IDLE
 
 
 def test_task_given_up_is_counted_once() -> None:
     """A task that shutdown has given up is cancelled, and not counted when it ends after all."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
     cancelled: list[Task] = []
     queue.give_up([task], cancelled)
     assert queue.running() == []
 
-    queue.end(seat, task, Outcome.SUCCEEDED)
+    queue.end(slot, task, Outcome.SUCCEEDED)
 
     assert cancelled == [task]
-    assert (queue.stats().cancelled, queue.stats().succeeded) == (1, 0)
+    assert (read_stats(queue).cancelled, read_stats(queue).succeeded) == (1, 0)
     assert task.outcome is Outcome.CANCELLED
 
 
 def test_ended_task_cannot_be_given_up() -> None:
     """A shutdown that comes too late for a task leaves it its outcome."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    queue.end(seat, task, Outcome.SUCCEEDED)
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    queue.end(slot, task, Outcome.SUCCEEDED)
     cancelled: list[Task] = []
 
     queue.give_up([task], cancelled)
 
     assert cancelled == []
-    assert (queue.stats().cancelled, queue.stats().succeeded) == (0, 1)
+    assert (read_stats(queue).cancelled, read_stats(queue).succeeded) == (0, 1)
     assert task.outcome is Outcome.SUCCEEDED
 
 
 def test_one_side_tells_of_an_end() -> None:
     """Of a slot and a shutdown that both see the end of a task, only the first tells the listeners."""
-    queue, [seat, other] = new_queue(conn_max=2)
-    told_by_slot, told_by_shutdown = put_and_take(queue, seat, other)
+    queue, [slot, other] = new_queue(conn_max=2)
+    told_by_slot, told_by_shutdown = put_and_take(queue, slot, other)
     cancelled: list[Task] = []
 
     assert queue.decide(told_by_slot, Outcome.FAILED) is True
@@ -548,43 +499,41 @@ def test_one_side_tells_of_an_end() -> None:
 
     assert cancelled == [told_by_shutdown]
     assert (told_by_slot.outcome, told_by_shutdown.outcome) == (Outcome.FAILED, Outcome.CANCELLED)
-    assert (queue.stats().failed, queue.stats().cancelled) == (1, 1)
-
-
-def test_lent_task_that_was_given_up_does_not_begin() -> None:
-    """A coroutine that the loop has not begun when a shutdown gives it up never runs."""
-    queue, [seat] = new_queue()
-    task = make_task(asynchronous=True)
-    queue.put(task)
-    queue.take(seat)
-    assert task.life is Life.LENT
-
-    queue.give_up([task], [])
-
-    assert queue.begin(task) is False
-    assert queue.stats().cancelled == 1
+    assert (read_stats(queue).failed, read_stats(queue).cancelled) == (1, 1)
 
 
 def test_function_that_was_given_up_does_not_go_on_as_a_coroutine() -> None:
     """The coroutine that a plain function returns after it was given up is not lent to the loop."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
     queue.give_up([task], [])
 
-    assert queue.lend(seat, task) is False
+    assert lend(queue, slot, task) is False
 
-    assert queue.begin(task) is False
+    assert begin(queue, slot, task) is False
+
+
+def test_lent_task_that_was_given_up_does_not_begin() -> None:
+    """A coroutine that the loop has not begun when a shutdown gives it up never runs."""
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    lend(queue, slot, task)
+
+    queue.give_up([task], [])
+
+    assert begin(queue, slot, task) is False
+    assert read_stats(queue).cancelled == 1
 
 
 def test_lent_task_begins_once() -> None:
     """However often the loop is asked to, it begins a coroutine once."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    assert queue.lend(seat, task) is True
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    assert lend(queue, slot, task) is True
 
-    assert [queue.begin(task), queue.begin(task)] == [True, False]
+    assert [begin(queue, slot, task), begin(queue, slot, task)] == [True, False]
 
-    assert queue.stats().running == 1
+    assert read_stats(queue).running == 1
 
 
 def test_lent_task_that_an_exception_has_hit_does_not_begin() -> None:
@@ -594,75 +543,58 @@ def test_lent_task_that_an_exception_has_hit_does_not_begin() -> None:
     2. loop: looks whether it shall begin it
     3. slot: ends it
     """
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    queue.lend(seat, task)
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    lend(queue, slot, task)
 
-    assert queue.interrupted(seat) is task
-    assert queue.begin(task) is False
-    queue.end(seat, task, Outcome.FAILED)
+    assert queue.interrupted(slot) is task
+    assert begin(queue, slot, task) is False
+    queue.end(slot, task, Outcome.FAILED)
 
-    assert queue.stats().failed == 1
-    assert seat.place is Place.IDLE
+    assert read_stats(queue).failed == 1
+    assert slot.place is Place.IDLE
 
 
 def test_interrupted_slot_leaves_the_loop_its_task() -> None:
     """A task that the loop has begun is not hit by what interrupts the slot's thread."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    queue.lend(seat, task)
-    queue.begin(task)
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    lend(queue, slot, task)
+    begin(queue, slot, task)
 
-    assert queue.interrupted(seat) is None
+    assert queue.interrupted(slot) is None
 
-    assert seat.place is Place.LOOP
+    assert slot.place is Place.LOOP
     assert queue.running() == [task]
 
 
 def test_loop_claims_an_idle_slot_for_a_coroutine_only() -> None:
     """The loop begins what waits at the head of the queue, if that is asynchronous, and wakes no thread."""
-    queue, [seat] = new_queue()
+    queue, [slot] = new_queue()
     asked: list[int] = []
     queue.ask_loop = lambda: not asked.append(1)
     first, second = make_task(asynchronous=True), make_task()
     queue.put(first)
-    assert seat.bell.empty()
+    assert slot.signal.empty()
 
-    assert queue.claim() is seat
+    assert queue.claim() is slot
     queue.put(second)
 
     assert asked == [1]
-    assert (seat.task, first.life) == (first, Life.RUNNING)
+    assert (slot.task, first.life) == (first, Life.RUNNING)
     assert queue.claim() is None
-    assert queue.end(seat, first, Outcome.SUCCEEDED) is second
-    assert seat.place is Place.THREAD
-
-
-def test_coroutine_is_left_to_a_thread_if_the_loop_is_not_there() -> None:
-    """If the loop cannot be asked, the slot's thread is woken, and the next coroutine asks again."""
-    queue, [seat] = new_queue()
-    asked: list[int] = []
-    queue.ask_loop = lambda: bool(asked.append(1))
-    task = make_task(asynchronous=True)
-
-    queue.put(task)
-
-    assert not seat.bell.empty()
-    queue.take(seat)
-    assert (seat.place, task.life) == (Place.LOOP, Life.LENT)
-    queue.end(seat, task, Outcome.CANCELLED)
-    queue.put(make_task(asynchronous=True))
-    assert asked == [1, 1]
+    assert queue.end(slot, first, Outcome.SUCCEEDED) is second
+    assert slot.place is Place.THREAD
 
 
 @pytest.mark.parametrize("outcome", [outcome for outcome in Outcome if outcome is not Outcome.HANDED_OFF])
 def test_each_outcome_has_its_figure(outcome: Outcome) -> None:
     """Each outcome is counted under its own name."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    queue.end(seat, task, outcome)
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    queue.end(slot, task, outcome)
 
-    stats = queue.stats()
+    stats = read_stats(queue)
 
     assert getattr(stats, outcome.label) == 1
     assert stats.spawned == balance(stats) == 1
@@ -670,27 +602,27 @@ def test_each_outcome_has_its_figure(outcome: Outcome) -> None:
 
 def test_task_past_its_timeout_is_stuck_while_it_runs() -> None:
     """A running task that is past TASK_TIMEOUT counts as stuck until it ends."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    assert queue.stats().stuck == 0
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    assert read_stats(queue).stuck == 0
     task.overran = True
 
-    assert queue.stats().stuck == 1
-    queue.end(seat, task, Outcome.SUCCEEDED)
+    assert read_stats(queue).stuck == 1
+    queue.end(slot, task, Outcome.SUCCEEDED)
 
-    assert queue.stats().stuck == 0
+    assert read_stats(queue).stuck == 0
 
 
 def test_queue_holds_what_waits_or_runs() -> None:
     """A queue knows the tasks that wait, those that are checked out first, and those that run."""
-    queue, [seat] = new_queue()
-    [running] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [running] = put_and_take(queue, slot)
     first, second = make_task(), make_task()
     queue.put(first)
     queue.put(second)
     queue.check_out(1)
 
-    assert queue.held() == [second, first]
+    assert held(queue) == [second, first]
     assert queue.running() == [running]
     assert queue.tasks() == {first, second, running}
 
@@ -698,16 +630,16 @@ def test_queue_holds_what_waits_or_runs() -> None:
 def test_oldest_wait_is_that_of_the_oldest_task() -> None:
     """It is looked for among the waiting tasks and those that are checked out, and None if there are none."""
     queue = TaskQueue("q", 2, 1)
-    assert queue.oldest_wait() is None
+    assert oldest_wait(queue) is None
     old, new = make_task(), make_task()
     old.spawned_at -= 100
     queue.put(old)
     queue.put(new)
-    assert 100 <= (queue.oldest_wait() or 0) < 100 + BOUND
+    assert 100 <= (oldest_wait(queue) or 0) < 100 + BOUND
 
     queue.check_out(2)
 
-    assert 100 <= (queue.oldest_wait() or 0) < 100 + BOUND
+    assert 100 <= (oldest_wait(queue) or 0) < 100 + BOUND
 
 
 # Checking out.
@@ -722,32 +654,32 @@ def test_checked_out_tasks_keep_their_places() -> None:
 
     assert queue.check_out(2) == [new, middle]
 
-    assert queue.stats().queued == 3
+    assert read_stats(queue).queued == 3
     assert queue.put(make_task()) is DropReason.FULL
-    seat = StillSeat()
-    queue.seat([seat])
-    assert queue.take(seat) is old
-    assert queue.end(seat, old, Outcome.SUCCEEDED) is None
+    slot = SlotState()
+    queue.set_slots([slot])
+    assert queue.take(slot) is old
+    assert queue.end(slot, old, Outcome.SUCCEEDED) is None
 
 
 def test_tasks_that_are_put_back_run() -> None:
     """Tasks that were put back are run by the slots, in the order in which they were put back, and once."""
-    queue, [seat] = new_queue()
-    [running] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [running] = put_and_take(queue, slot)
     first, second = make_task(), make_task()
     queue.put(first)
     queue.put(second)
     tasks = queue.check_out(9)
-    assert queue.end(seat, running, Outcome.SUCCEEDED) is None
+    assert queue.end(slot, running, Outcome.SUCCEEDED) is None
 
     queue.put_back(reversed(tasks))
     queue.put_back(tasks)
 
-    assert not seat.bell.empty()
-    assert queue.take(seat) is first
-    assert queue.end(seat, first, Outcome.SUCCEEDED) is second
-    assert queue.end(seat, second, Outcome.SUCCEEDED) is None
-    assert (queue.stats().queued, queue.stats().succeeded) == (0, 3)
+    assert not slot.signal.empty()
+    assert queue.take(slot) is first
+    assert queue.end(slot, first, Outcome.SUCCEEDED) is second
+    assert queue.end(slot, second, Outcome.SUCCEEDED) is None
+    assert (read_stats(queue).queued, read_stats(queue).succeeded) == (0, 3)
 
 
 def test_task_that_is_handed_off_is_counted_once() -> None:
@@ -761,54 +693,40 @@ def test_task_that_is_handed_off_is_counted_once() -> None:
 
     assert queue.count_handed_off(task) is False
     assert task.outcome is Outcome.HANDED_OFF
-    assert (queue.stats().handed_off, queue.stats().queued) == (1, 0)
+    assert (read_stats(queue).handed_off, read_stats(queue).queued) == (1, 0)
     assert queue.put(make_task()) is None
 
 
 def test_what_is_put_is_checked_out_at_once_if_so_wanted() -> None:
     """A consumer that takes all tasks gets them before any slot, up to the capacity."""
-    queue, [seat] = new_queue(capacity=1)
+    queue, [slot] = new_queue(capacity=1)
     queue.set_check_out_new(True)
     task = make_task()
     assert [queue.put(task), queue.put(make_task())] == [None, DropReason.FULL]
 
     assert list(queue.checked_out) == [task]
-    assert queue.take(seat) is None
+    assert queue.take(slot) is None
     assert queue.count_handed_off(task) is True
-
-
-def test_task_that_was_checked_out_at_once_can_be_withdrawn() -> None:
-    """If there is no thread for the consumer either, the task is dropped, and is no longer checked out."""
-    queue = TaskQueue("q", 1, 1)
-    queue.set_check_out_new(True)
-    task = make_task()
-    queue.put(task)
-
-    assert queue.withdraw(task, DropReason.NO_THREAD) is True
-
-    assert queue.held() == []
-    assert queue.count_handed_off(task) is False
-    assert (queue.stats().dropped, queue.stats().queued) == (1, 0)
 
 
 def test_shutdown_leaves_what_is_checked_out_to_the_consumer() -> None:
     """It is not cancelled before the consumer had its time, and then it is, and is nobody's any more."""
-    queue, [seat] = new_queue()
+    queue, [slot] = new_queue()
     queue.put(make_task())
     [task] = queue.check_out(1)
     cancelled: list[Task] = []
     queue.close()
     queue.cancel_waiting(cancelled)
     assert cancelled == []
-    assert queue.stats().queued == 1
+    assert read_stats(queue).queued == 1
 
     queue.cancel_waiting(cancelled, checked_out=True)
 
     assert cancelled == [task]
     assert queue.count_handed_off(task) is False
     queue.put_back([task])
-    assert queue.take(seat) is None
-    assert (queue.stats().cancelled, queue.stats().handed_off, queue.stats().queued) == (1, 0, 0)
+    assert queue.take(slot) is None
+    assert (read_stats(queue).cancelled, read_stats(queue).handed_off, read_stats(queue).queued) == (1, 0, 0)
 
 
 # Drains.
@@ -816,21 +734,21 @@ def test_shutdown_leaves_what_is_checked_out_to_the_consumer() -> None:
 
 def test_drain_of_an_empty_queue_is_over() -> None:
     """Nobody waits for the end of nothing."""
-    assert TaskQueue("q", 1, 1).drain_waiter().result(0) is True
+    assert Drained(TaskQueue("q", 1, 1)).result(0) is True
 
 
 def test_drain_waits_for_the_tasks_spawned_before_it() -> None:
     """It is over when what waited, what was checked out and what ran has ended."""
-    queue, [seat] = new_queue()
-    [running] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [running] = put_and_take(queue, slot)
     waiting, checked_out = make_task(), make_task()
     queue.put(waiting)
     queue.put(checked_out)
     queue.check_out(1)
-    drained = queue.drain_waiter()
+    drained = Drained(queue)
 
-    queue.end(seat, running, Outcome.SUCCEEDED)
-    queue.end(seat, waiting, Outcome.FAILED)
+    queue.end(slot, running, Outcome.SUCCEEDED)
+    queue.end(slot, waiting, Outcome.FAILED)
     assert not drained.done()
     queue.count_handed_off(checked_out)
 
@@ -839,15 +757,15 @@ def test_drain_waits_for_the_tasks_spawned_before_it() -> None:
 
 def test_drain_does_not_wait_for_later_tasks() -> None:
     """A task spawned after it holds it up neither by running on nor by ending early."""
-    queue, seats = new_queue(conn_max=2)
-    [before] = put_and_take(queue, seats[0])
-    drained = queue.drain_waiter()
-    [after] = put_and_take(queue, seats[1])
+    queue, slots = new_queue(conn_max=2)
+    [before] = put_and_take(queue, slots[0])
+    drained = Drained(queue)
+    [after] = put_and_take(queue, slots[1])
 
-    queue.end(seats[1], after, Outcome.SUCCEEDED)
+    queue.end(slots[1], after, Outcome.SUCCEEDED)
     assert not drained.done()
-    put_and_take(queue, seats[1])
-    queue.end(seats[0], before, Outcome.SUCCEEDED)
+    put_and_take(queue, slots[1])
+    queue.end(slots[0], before, Outcome.SUCCEEDED)
 
     assert drained.done()
     assert queue.tasks()
@@ -855,15 +773,15 @@ def test_drain_does_not_wait_for_later_tasks() -> None:
 
 def test_each_drain_waits_for_its_own_tasks() -> None:
     """Two who wait from different moments are told at different moments."""
-    queue, seats = new_queue(conn_max=2)
-    [before] = put_and_take(queue, seats[0])
-    first = queue.drain_waiter()
-    [after] = put_and_take(queue, seats[1])
-    second, third = queue.drain_waiter(), queue.drain_waiter()
+    queue, slots = new_queue(conn_max=2)
+    [before] = put_and_take(queue, slots[0])
+    first = Drained(queue)
+    [after] = put_and_take(queue, slots[1])
+    second, third = Drained(queue), Drained(queue)
 
-    queue.end(seats[0], before, Outcome.SUCCEEDED)
+    queue.end(slots[0], before, Outcome.SUCCEEDED)
     assert (first.done(), second.done(), third.done()) == (True, False, False)
-    queue.end(seats[1], after, Outcome.SUCCEEDED)
+    queue.end(slots[1], after, Outcome.SUCCEEDED)
 
     assert second.done()
     assert third.done()
@@ -871,31 +789,29 @@ def test_each_drain_waits_for_its_own_tasks() -> None:
 
 def test_drain_leaves_out_who_is_excepted() -> None:
     """A task that waits for the others does not wait for itself."""
-    queue, seats = new_queue(conn_max=2)
-    own, other = put_and_take(queue, *seats)
-    drained = queue.drain_waiter(except_for=[own])
+    queue, slots = new_queue(conn_max=2)
+    own, other = put_and_take(queue, *slots)
+    drained = Drained(queue, except_for=[own])
 
-    queue.end(seats[1], other, Outcome.SUCCEEDED)
+    queue.end(slots[1], other, Outcome.SUCCEEDED)
 
     assert drained.done()
 
 
-@pytest.mark.parametrize("how", ["cancelled", "withdrawn", "given up"])
+@pytest.mark.parametrize("how", ["cancelled", "given up"])
 def test_drain_is_over_when_its_task_will_not_run(how: Any) -> None:
-    """Whoever waits for a task is told when it was cancelled, withdrawn or given up."""
-    queue, [seat] = new_queue()
+    """Whoever waits for a task is told when it was cancelled or given up."""
+    queue, [slot] = new_queue()
     if how == "given up":
-        [task] = put_and_take(queue, seat)
+        [task] = put_and_take(queue, slot)
     else:
         task = make_task()
         queue.put(task)
-    drained = queue.drain_waiter()
+    drained = Drained(queue)
     assert not drained.done()
 
     if how == "cancelled":
         queue.cancel_waiting([])
-    elif how == "withdrawn":
-        queue.withdraw(task, DropReason.NO_THREAD)
     else:
         queue.give_up([task], [])
 
@@ -904,66 +820,62 @@ def test_drain_is_over_when_its_task_will_not_run(how: Any) -> None:
 
 def test_drain_is_announced_outside_the_lock() -> None:
     """A waiter's callback may do what it likes: no other thread's step waits for it."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
     put: list[DropReason | None] = []
-    queue.drain_waiter().add_done_callback(
-        lambda _: in_threads(1, lambda _: put.append(queue.put(make_task())))
-    )
+    drained = Drained(queue)
+    drained.hook = lambda: in_threads(1, lambda _: put.append(queue.put(make_task())))
 
-    queue.end(seat, task, Outcome.SUCCEEDED)
+    queue.end(slot, task, Outcome.SUCCEEDED)
 
     assert put == [None]
 
 
 def test_drain_that_was_given_up_is_passed_over() -> None:
     """A waiter that has given up does not disturb the task that ends, nor the other waiters."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    cancelled, other = queue.drain_waiter(), queue.drain_waiter()
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    cancelled, other = Drained(queue), Drained(queue)
     cancelled.cancel()
 
-    queue.end(seat, task, Outcome.SUCCEEDED)
+    queue.end(slot, task, Outcome.SUCCEEDED)
 
     assert other.done()
-    assert queue.stats().succeeded == 1
+    assert read_stats(queue).succeeded == 1
 
 
 def test_drains_that_were_given_up_are_not_kept() -> None:
     """Whoever asks again and again, and gives up each time, fills no memory while a task goes on."""
-    queue, [seat] = new_queue()
-    put_and_take(queue, seat)
-    waiters = [queue.drain_waiter() for _ in range(100)]
-    kept = weakref.ref(waiters[0])
+    queue, [slot] = new_queue()
+    put_and_take(queue, slot)
+    waiters = [Drained(queue) for _ in range(100)]
     while waiters:
         waiters.pop().cancel()
 
-    queue.drain_waiter().cancel()
-
-    assert kept() is None
+    assert not queue.drains
 
 
 def test_drain_is_announced_to_all_though_that_is_interrupted() -> None:
     """If an exception comes when one of two waiters knows of the end, the other is told after it."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    first, second = queue.drain_waiter(), queue.drain_waiter()
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    first, second = Drained(queue), Drained(queue)
     errors: list[BaseException] = [SystemExit()]
-    told: list[DrainWaiter] = []
+    told: list[Drained] = []
 
-    def interrupt_once(_: object) -> None:
+    def interrupt_once() -> None:
         if errors:
             raise errors.pop()
 
-    first.add_done_callback(interrupt_once)
-    second.add_done_callback(told.append)
+    first.hook = interrupt_once
+    second.hook = lambda: told.append(second)
     with pytest.raises(SystemExit):
-        queue.end(seat, task, Outcome.SUCCEEDED)
+        queue.end(slot, task, Outcome.SUCCEEDED)
 
     queue.repair()
 
     assert told == [second]
-    assert queue.stats().succeeded == 1
+    assert read_stats(queue).succeeded == 1
 
 
 def test_drain_under_load_ends() -> None:
@@ -971,7 +883,7 @@ def test_drain_under_load_ends() -> None:
     with Core(conn_max=2) as core, Gate() as gate:
         core.spawn("before", gate)
         gate.wait_entered()
-        drained = core.queue.drain_waiter()
+        drained = Drained(core.queue)
         with Gate() as later:
             core.spawn("after", later)
             later.wait_entered()
@@ -1046,9 +958,9 @@ class Scene:
     """A queue with room for one more, two slots that run a task, an idle one, and tasks of every kind."""
 
     def __init__(self) -> None:
-        self.queue, self.seats = new_queue(capacity=4, conn_max=3)
-        self.busy = self.seats[0]
-        self.running, self.other = put_and_take(self.queue, *self.seats[:2])
+        self.queue, self.slots = new_queue(capacity=4, conn_max=3)
+        self.busy = self.slots[0]
+        self.running, self.other = put_and_take(self.queue, *self.slots[:2])
         self.queue.pause()
         self.first, self.second, self.checked_out = (make_task(name) for name in ("first", "second", "out"))
         for task in (self.first, self.second, self.checked_out):
@@ -1056,7 +968,7 @@ class Scene:
         assert self.queue.check_out(1) == [self.checked_out]
         self.queue.paused = False
         self.tasks = [self.running, self.other, self.first, self.second, self.checked_out]
-        self.drained = self.queue.drain_waiter()
+        self.drained = Drained(self.queue)
         self.cancelled: list[Task] = []
         self.runs: list[Task] = [self.running, self.other]
 
@@ -1070,39 +982,38 @@ class Scene:
         idle = False
         while not idle:
             idle = True
-            for seat in self.seats:
-                if seat.task is None and seat.bell.empty():
+            for slot in self.slots:
+                if slot.task is None and slot.signal.empty():
                     continue
-                while not seat.bell.empty():
-                    seat.bell.get()
+                while not slot.signal.empty():
+                    slot.signal.get()
                 idle = False
-                task: Task | None = seat.task or self.queue.take(seat)
+                task: Task | None = slot.task or self.queue.take(slot)
                 while task is not None:
                     if task not in self.runs:
                         self.runs.append(task)
-                    elif seat is not self.busy or task not in {self.running, self.other}:  # pragma: no branch
+                    elif slot is not self.busy or task not in {self.running, self.other}:  # pragma: no branch
                         assert task in {self.running, self.other}, "it runs twice"
-                    task = self.queue.end(seat, task, Outcome.SUCCEEDED)
+                    task = self.queue.end(slot, task, Outcome.SUCCEEDED)
 
     def assert_whole(self, n: int) -> None:
         """Assert that every task is in one place and in one figure."""
         queue = self.queue
-        stats, names = queue.stats_by_name()
+        stats, names = read_stats_by_name(queue)
         assert stats.spawned == balance(stats), n
         assert all(map(is_balanced, names)), (n, names)
-        assert stats.queued == len(queue.held()) == len(set(queue.held())) <= queue.capacity, n
+        assert stats.queued == len(held(queue)) == len(set(held(queue))) <= queue.capacity, n
         assert stats.running == len(queue.running()), n
-        assert not set(queue.held()) & set(queue.running()), n
-        assert all(task.life is Life.WAITING for task in queue.held()), n
+        assert not set(held(queue)) & set(queue.running()), n
+        assert all(task.life is Life.WAITING for task in held(queue)), n
         assert len(set(self.cancelled)) == len(self.cancelled) == stats.cancelled, n
         could_run = bool(queue.idle and queue.waiting) and not queue.paused
-        assert not could_run or any(not seat.bell.empty() for seat in queue.idle), n
+        assert not could_run or any(not slot.signal.empty() for slot in queue.idle), n
 
 
 STEPS: dict[str, Callable[[Scene], object]] = {
     "put": lambda scene: scene.queue.put(scene.new()),
-    "withdraw": lambda scene: scene.queue.withdraw(scene.first, DropReason.NO_THREAD),
-    "take": lambda scene: scene.queue.take(scene.seats[2]),
+    "take": lambda scene: scene.queue.take(scene.slots[2]),
     "end": lambda scene: scene.queue.end(scene.busy, scene.running, Outcome.SUCCEEDED),
     "check_out": lambda scene: scene.queue.check_out(2),
     "put_back": lambda scene: scene.queue.put_back([scene.checked_out]),
@@ -1112,9 +1023,9 @@ STEPS: dict[str, Callable[[Scene], object]] = {
     "cancel_waiting": lambda scene: scene.queue.cancel_waiting(scene.cancelled, checked_out=True),
     "give_up": lambda scene: scene.queue.give_up([scene.running, scene.other], scene.cancelled),
     "count_inline": lambda scene: count_inline(scene),  # noqa: PLW0108  # defined below
-    "drain_waiter": lambda scene: scene.queue.drain_waiter(),
-    "stats_by_name": lambda scene: scene.queue.stats_by_name(),
-    "unseat_if_idle": lambda scene: scene.queue.unseat_if_idle(),
+    "drain_waiter": lambda scene: Drained(scene.queue),
+    "stats_by_name": lambda scene: read_stats_by_name(scene.queue),
+    "unseat_if_idle": lambda scene: scene.queue.remove_slots_if_idle(),
     "repair": lambda scene: scene.queue.repair(),
 }
 
@@ -1122,7 +1033,7 @@ STEPS: dict[str, Callable[[Scene], object]] = {
 def count_inline(scene: Scene) -> None:
     """Count a task that runs in the code that spawns it."""
     task = scene.new()
-    task.begin()
+    task.begin(monotonic())
     scene.queue.count_inline(task, Outcome.SUCCEEDED)
 
 
@@ -1141,7 +1052,7 @@ def test_spawn_in_the_middle_of_a_step_finds_it_whole(step: Any) -> None:
         scene.queue.resume()
         scene.work()
         scene.assert_whole(n)
-        stats = scene.queue.stats()
+        stats = read_stats(scene.queue)
         assert (stats.queued, stats.running) == (len(scene.queue.checked_out), 0), n
         assert reasons in [[None], [DropReason.FULL], [DropReason.SHUTDOWN]], n
         assert stats.spawned == len(scene.tasks), n
@@ -1155,7 +1066,7 @@ def test_snapshot_in_the_middle_of_a_step_keeps_the_equation(step: Any) -> None:
     for n in itertools.count(1):
         scene = Scene()
         snapshots: list[tuple[PoolStats, list[NameStats]]] = []
-        point = AtPoint(n, lambda: snapshots.append(scene.queue.stats_by_name()))
+        point = AtPoint(n, lambda: snapshots.append(read_stats_by_name(scene.queue)))
         if not point.do(lambda: STEPS[step](scene)):
             break
 
@@ -1171,8 +1082,8 @@ def test_drain_that_begins_in_the_middle_of_a_step_ends(step: Any) -> None:
     n = 0
     for n in itertools.count(1):
         scene = Scene()
-        drains: list[DrainWaiter] = []
-        point = AtPoint(n, lambda: drains.append(scene.queue.drain_waiter()))
+        drains: list[Drained] = []
+        point = AtPoint(n, lambda: drains.append(Drained(scene.queue)))
         if not point.do(lambda: STEPS[step](scene)):
             break
 
@@ -1194,7 +1105,7 @@ def test_spawn_in_the_middle_of_a_snapshot_leaves_that_whole(drop: bool) -> None
         snapshots: list[tuple[PoolStats, list[NameStats]]] = []
         names_of_tasks = iter([scene.first.name, "unknown"])
         point = AtPoint(n, lambda: [scene.queue.put(make_task(name)) for name in names_of_tasks])
-        if not point.do(lambda: snapshots.append(scene.queue.stats_by_name())):
+        if not point.do(lambda: snapshots.append(read_stats_by_name(scene.queue))):
             break
 
         [(stats, names)] = snapshots
@@ -1241,7 +1152,7 @@ def test_put_inside_put_has_one_place() -> None:
             break
 
         assert sorted(reasons, key=str) == [DropReason.FULL, None], n
-        assert len(scene.queue.held()) == scene.queue.capacity, n
+        assert len(held(scene.queue)) == scene.queue.capacity, n
 
 
 # Exceptions from outside in the middle of a step.
@@ -1262,7 +1173,7 @@ def test_interrupted_spawn_has_happened_or_not(step: Any, full: bool) -> None:
         scene.assert_whole(n)
         scene.work()
         scene.queue.count_handed_off(scene.checked_out)
-        stats = scene.queue.stats()
+        stats = read_stats(scene.queue)
         assert stats.spawned in {len(scene.tasks) - 1, len(scene.tasks)}, n
         assert stats.succeeded + stats.handed_off + stats.dropped == stats.spawned, n
         assert stats.dropped <= full, n
@@ -1271,7 +1182,7 @@ def test_interrupted_spawn_has_happened_or_not(step: Any, full: bool) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    ["withdraw", "put_back", "count_handed_off", "close", "cancel_waiting", "give_up", "pause", "repair"],
+    ["put_back", "count_handed_off", "close", "cancel_waiting", "give_up", "pause", "repair"],
 )
 def test_interrupted_step_is_finished_by_the_next_call(step: Any) -> None:
     """Wherever a signal handler raises in these, slots go on, and the next call loses and doubles nothing."""
@@ -1292,7 +1203,7 @@ def test_interrupted_step_is_finished_by_the_next_call(step: Any) -> None:
         scene.queue.count_handed_off(scene.checked_out)
         scene.assert_whole(n)
 
-        stats = scene.queue.stats()
+        stats = read_stats(scene.queue)
         assert (stats.queued, stats.running, stats.spawned) == (0, 0, len(scene.tasks)), n
         assert scene.drained.done(), n
         assert not {*scene.cancelled} & {*scene.runs[2:]}, n
@@ -1316,7 +1227,7 @@ def test_interrupted_end_is_counted_once() -> None:
         scene.work()
         queue.count_handed_off(scene.checked_out)
 
-        stats = queue.stats()
+        stats = read_stats(queue)
         assert (stats.succeeded + stats.failed, stats.handed_off) == (4, 1), n
         assert stats.failed == (hit is not None), n
         assert scene.drained.done(), n
@@ -1338,11 +1249,11 @@ def test_coroutine_object_is_called_once_by_being_awaited() -> None:
 
 def test_ended_task_is_not_kept() -> None:
     """A queue keeps the figures of the tasks that have ended and nothing else of them."""
-    queue, [seat] = new_queue()
-    [task] = put_and_take(queue, seat)
-    drained = queue.drain_waiter()
+    queue, [slot] = new_queue()
+    [task] = put_and_take(queue, slot)
+    drained = Drained(queue)
     queue.decide(task, Outcome.SUCCEEDED)
-    queue.end(seat, task, Outcome.SUCCEEDED)
+    queue.end(slot, task, Outcome.SUCCEEDED)
 
     ended = weakref.ref(task)
     del task
@@ -1389,13 +1300,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue, self.seats = new_queue(self.CAPACITY, self.CONN_MAX)
+        self.queue, self.slots = new_queue(self.CAPACITY, self.CONN_MAX)
         self.queue.ask_loop = self.ask_loop
         self.asked = 0  # calls of `claim` that the loop has to do
         self.waiting: list[Task] = []
         self.checked_out: list[Task] = []
-        self.running: dict[Seat, Task] = {}
-        self.between: list[Seat] = []  # slots that have ended a task and not asked for the next
+        self.running: dict[SlotState, Task] = {}
+        self.between: list[SlotState] = []  # slots that have ended a task and not asked for the next
         self.given_up: set[Task] = set()  # of the running ones
         self.ended = dict.fromkeys(Outcome, 0)
         self.dropped = 0
@@ -1403,15 +1314,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.state = State.OPEN
         self.paused = False
         self.past: list[Task] = []
-        self.drains: list[tuple[DrainWaiter, set[Task]]] = []
+        self.drains: list[tuple[Drained, set[Task]]] = []
 
-    def ask_loop(self) -> bool:
-        self.asked += self.has_loop
-        return self.has_loop
-
-    @initialize(has_loop=st.booleans())
-    def begin(self, has_loop: bool) -> None:
-        self.has_loop = has_loop
+    def ask_loop(self) -> None:
+        self.asked += 1
 
     # Spawners.
 
@@ -1427,31 +1333,13 @@ class QueueMachine(RuleBasedStateMachine):
             expected = None
             self.waiting.append(task)
         self.dropped += expected is not None
-        assert self.queue.is_full() is (expected is not None)
 
         assert self.queue.put(task) is expected
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def withdraw(self, data: Any) -> None:
-        task = data.draw(st.sampled_from(self.waiting))
-        self.waiting.remove(task)
-        self.dropped += 1
-        self._over(task)
-
-        assert self.queue.withdraw(task, DropReason.NO_THREAD) is True
-
-    @precondition(lambda self: self.running or self.past)
-    @rule(data=st.data())
-    def withdraw_too_late(self, data: Any) -> None:
-        task = data.draw(st.sampled_from([*self.running.values(), *self.past]))
-
-        assert self.queue.withdraw(task, DropReason.NO_THREAD) is False
 
     @rule()
     def run_inline(self) -> None:
         task = make_task()
-        task.begin()
+        task.begin(monotonic())
         self.spawned += 1
         self.ended[Outcome.FAILED] += 1
 
@@ -1459,126 +1347,125 @@ class QueueMachine(RuleBasedStateMachine):
 
     # Slots and the loop.
 
-    def _expect_given(self, seat: Seat) -> Task | None:
-        """Return the task that `seat` gets if it asks for one."""
+    def _expect_given(self, slot: SlotState) -> Task | None:
+        """Return the task that `slot` gets if it asks for one."""
         if self.paused or not self.waiting:
             return None
-        self.running[seat] = task = self.waiting.pop(0)
+        self.running[slot] = task = self.waiting.pop(0)
         return task
 
     @rule(data=st.data())
     def take(self, data: Any) -> None:
         """A slot's thread looks what to do, rung or not."""
-        seat = data.draw(st.sampled_from(self.seats))
-        self._hear(seat)
+        slot = data.draw(st.sampled_from(self.slots))
+        self._hear(slot)
 
-    def _hear(self, seat: StillSeat) -> None:
-        while not seat.bell.empty():
-            seat.bell.get()
-        if seat in self.running:
-            task = self.running[seat]
-            expected = task if seat.place is Place.THREAD else None
-        elif seat in self.between:
-            expected = None
+    def _hear(self, slot: SlotState) -> None:
+        while not slot.signal.empty():
+            slot.signal.get()
+        if slot in self.running:
+            task = self.running[slot]
+            expected = task if slot.place is Place.THREAD else None
         else:
-            expected = self._expect_given(seat)
+            if slot in self.between:
+                self.between.remove(slot)
+            expected = self._expect_given(slot)
 
-        assert self.queue.take(seat) is expected
+        assert self.queue.take(slot) is expected
 
     @precondition(lambda self: self.asked)
     @rule()
     def claim(self) -> None:
         self.asked -= 1
-        free = [seat for seat in self.seats if seat not in self.running and seat not in self.between]
+        free = [slot for slot in self.slots if slot not in self.running and slot not in self.between]
         expected = bool(free) and not self.paused and bool(self.waiting) and self.waiting[0].asynchronous
 
-        seat = self.queue.claim()
+        slot = self.queue.claim()
 
-        assert (seat is not None) is expected
-        if seat is not None:
-            assert seat in free
-            assert seat.task is self._expect_given(seat)
-            self.asked += 1  # it goes on until there is nothing to claim
+        assert (slot is not None) is expected
+        if slot is not None:
+            assert slot in free
+            assert slot.task is self._expect_given(slot)
 
-    def _lent(self) -> list[Seat]:
-        return [seat for seat, task in self.running.items() if task.life is Life.LENT]
+    def _lent(self) -> list[SlotState]:
+        return [slot for slot in self.running if slot.place is Place.LENT]
 
     @precondition(lambda self: self._lent())
     @rule(data=st.data())
     def begin_lent(self, data: Any) -> None:
-        task = self.running[data.draw(st.sampled_from(self._lent()))]
+        slot = data.draw(st.sampled_from(self._lent()))
+        task = self.running[slot]
 
-        assert self.queue.begin(task) is True
-        assert self.queue.begin(task) is False
+        assert begin(self.queue, slot, task) is (task not in self.given_up)
+        assert begin(self.queue, slot, task) is False
 
-    @precondition(lambda self: any(seat.place is Place.THREAD for seat in self.running))
+    @precondition(lambda self: any(slot.place is Place.THREAD for slot in self.running))
     @rule(data=st.data())
     def lend(self, data: Any) -> None:
-        seat = data.draw(st.sampled_from([seat for seat in self.running if seat.place is Place.THREAD]))
-        task = self.running[seat]
+        slot = data.draw(st.sampled_from([slot for slot in self.running if slot.place is Place.THREAD]))
+        task = self.running[slot]
 
-        assert self.queue.lend(seat, task) is (task not in self.given_up)
+        assert lend(self.queue, slot, task) is (task not in self.given_up)
 
-    def begun(self) -> list[Seat]:
+    def begun(self) -> list[SlotState]:
         """Return the slots whose tasks the loop has begun."""
         return [
-            seat
-            for seat, task in self.running.items()
-            if seat.place is Place.LOOP and task.life is not Life.LENT
+            slot
+            for slot, task in self.running.items()
+            if slot.place is Place.LOOP and task not in self.given_up
         ]
 
     @precondition(lambda self: self.begun())
     @rule(data=st.data())
     def return_to_thread(self, data: Any) -> None:
-        seat = data.draw(st.sampled_from(self.begun()))
+        slot = data.draw(st.sampled_from(self.begun()))
 
-        self.queue.return_to_thread(seat)
+        assert return_to_thread(self.queue, slot, self.running[slot]) is True
 
-        assert self.queue.take(seat) is self.running[seat]
+        assert self.queue.take(slot) is self.running[slot]
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def interrupted(self, data: Any) -> None:
         """An exception from outside hits a slot that has a task: the task fails, or goes on on the loop."""
-        seat = data.draw(st.sampled_from(list(self.running)))
-        task = self.running[seat]
-        goes_on = seat.place is Place.LOOP and task.life is not Life.LENT
+        slot = data.draw(st.sampled_from(list(self.running)))
+        task = self.running[slot]
+        goes_on = slot.place is Place.LOOP
 
-        assert self.queue.interrupted(seat) is (None if goes_on else task)
+        assert self.queue.interrupted(slot) is (None if goes_on else task)
 
         if not goes_on:
-            assert self.queue.begin(task) is False
-            self._end(seat, Outcome.FAILED, takes=True)
+            assert begin(self.queue, slot, task) is False
+            self._end(slot, Outcome.FAILED, takes=True)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), outcome=st.sampled_from(Outcome), takes=st.booleans())
     def end(self, data: Any, outcome: Outcome, takes: bool) -> None:
         self._end(data.draw(st.sampled_from(list(self.running))), outcome, takes=takes)
 
-    def _end(self, seat: Seat, outcome: Outcome, *, takes: bool) -> None:
-        task = self.running.pop(seat)
+    def _end(self, slot: SlotState, outcome: Outcome, *, takes: bool) -> None:
+        task = self.running.pop(slot)
         if task in self.given_up:
             self.given_up.remove(task)
         else:
             self.ended[outcome] += 1
             self._over(task)
         if takes:
-            expected = self._expect_given(seat)
+            expected = self._expect_given(slot)
         else:
             expected = None
-            if seat.place is Place.LOOP:
-                self.queue.return_to_thread(seat)
-            self.between.append(seat)
+            slot.place = Place.THREAD  # only a thread waits between two tasks
+            self.between.append(slot)
 
-        assert self.queue.end(seat, task, outcome, take=takes) is expected
+        assert self.queue.end(slot, task, outcome, take=takes) is expected
 
     @precondition(lambda self: self.between)
     @rule(data=st.data())
     def next(self, data: Any) -> None:
-        seat = data.draw(st.sampled_from(self.between))
-        self.between.remove(seat)
+        slot = data.draw(st.sampled_from(self.between))
+        self.between.remove(slot)
 
-        assert self.queue.next(seat) is self._expect_given(seat)
+        assert self.queue.take(slot) is self._expect_given(slot)
 
     @rule()
     def repair(self) -> None:
@@ -1589,28 +1476,28 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def fork(self) -> None:
         """All slots leave, and new ones come: what was rung, and what the loop was asked, is forgotten."""
-        assert self.queue.unseat_if_idle() is True
-        assert [self.queue.take(seat) for seat in self.seats] == [None] * self.CONN_MAX
+        assert self.queue.remove_slots_if_idle() is True
+        assert [self.queue.take(slot) for slot in self.slots] == [None] * self.CONN_MAX
         self.asked = 0
-        self.seats = [StillSeat() for _ in range(self.CONN_MAX)]
-        self.queue.seat(self.seats)
+        self.slots = [SlotState() for _ in range(self.CONN_MAX)]
+        self.queue.set_slots(self.slots)
 
     @precondition(lambda self: self.running)
     @rule()
     def fork_while_busy(self) -> None:
-        assert self.queue.unseat_if_idle() is False
+        assert self.queue.remove_slots_if_idle() is False
 
     @rule()
     def rest(self) -> None:
         """Every bell is heard, and the loop claims. Then nothing waits that could run."""
-        while self.asked or any(not seat.bell.empty() for seat in self.seats):
-            for seat in self.seats:
-                if not seat.bell.empty():
-                    self._hear(seat)
+        while self.asked or any(not slot.signal.empty() for slot in self.slots):
+            for slot in self.slots:
+                if not slot.signal.empty():
+                    self._hear(slot)
             if self.asked:
                 self.claim()
 
-        free = [seat for seat in self.seats if seat not in self.running and seat not in self.between]
+        free = [slot for slot in self.slots if slot not in self.running and slot not in self.between]
         assert not self.waiting or not free or self.paused
 
     # A consumer that may hand tasks off.
@@ -1707,7 +1594,7 @@ class QueueMachine(RuleBasedStateMachine):
         excepted = data.draw(st.sets(st.sampled_from(running))) if running else set()
         pending = {*self.waiting, *self.checked_out, *running} - excepted
 
-        self.drains.append((self.queue.drain_waiter(except_for=excepted), pending))
+        self.drains.append((Drained(self.queue, except_for=excepted), pending))
 
     def _over(self, task: Task) -> None:
         self.past.append(task)
@@ -1718,7 +1605,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def figures_are_those_of_the_model(self) -> None:
-        queue, (stats, [*names]) = self.queue, self.queue.stats_by_name()
+        queue, (stats, [*names]) = self.queue, read_stats_by_name(self.queue)
         running = [task for task in self.running.values() if task not in self.given_up]
 
         assert stats.spawned == balance(stats) == self.spawned
@@ -1733,7 +1620,6 @@ class QueueMachine(RuleBasedStateMachine):
         assert queue.tasks() == {*self.waiting, *self.checked_out, *running}
         assert all(map(is_balanced, names))
         assert sum(of.spawned for of in names) == self.spawned
-        assert queue.ended() == sum(self.ended.values())
 
     @invariant()
     def drains_are_over_when_their_tasks_have_ended(self) -> None:

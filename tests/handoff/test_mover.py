@@ -8,14 +8,15 @@ from typing import Any, cast
 
 import pytest
 
-from bgtasks.core.figures import DropReason, Outcome
+from bgtasks.core.figures import Outcome
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import Hooks
 from bgtasks.handoff import mover as module
 from bgtasks.handoff.engine import Fate
+from bgtasks.monitoring.figures import read_stats
 from tests.gate import BOUND, Gate, wait_until
 from tests.handoff.kit import HandoffCore, fail, numbers
-from tests.pool import after_call, exit_, interrupt, make_task
+from tests.pool import Drained, after_call, exit_, held, interrupt, make_task
 
 # Overflow.
 
@@ -309,7 +310,7 @@ def test_a_batch_that_takes_its_time_is_not_a_hanging_one(monkeypatch: pytest.Mo
         core.put("2")
 
         later.pop()()
-        assert list(core.queue.checked_out) == core.queue.held()
+        assert list(core.queue.checked_out) == held(core.queue)
         [again] = later
         engine.open()
         core.drain()
@@ -555,8 +556,8 @@ def test_a_task_that_comes_back_when_waiting_tasks_were_cancelled_is_not_run() -
 
     assert cancelled == [task]
     assert task.outcome is Outcome.CANCELLED
-    assert queue.stats().cancelled == 1
-    assert not queue.held()
+    assert read_stats(queue).cancelled == 1
+    assert not held(queue)
 
 
 def test_an_engine_that_has_the_task_before_it_is_given_up_wins() -> None:
@@ -570,43 +571,19 @@ def test_an_engine_that_has_the_task_before_it_is_given_up_wins() -> None:
 
     assert cancelled == []
     assert task.outcome is Outcome.HANDED_OFF
-    assert queue.stats().handed_off == 1
+    assert read_stats(queue).handed_off == 1
 
 
 def test_a_task_that_is_being_moved_is_waited_for() -> None:
     """drain() does not take a task that has left the waiting ones for one that has ended."""
     queue, [task] = checked_out("task")
-    reached = queue.drain_waiter()
+    reached = Drained(queue)
     assert not reached.done()
-    assert queue.stats().queued == 1
+    assert read_stats(queue).queued == 1
 
     queue.count_handed_off(task)
 
     assert reached.done()
-
-
-def test_a_spawner_whose_task_the_mover_has_leaves_it_there() -> None:
-    """The interleaving is forced.
-
-    1. A spawner has put its task, and finds no thread to run it.
-    2. The mover has given it to the engine by then.
-    3. The spawner cannot take it back: it is accepted, and accounted for.
-    """
-    queue, [task] = checked_out("task")
-    queue.count_handed_off(task)
-
-    assert not queue.withdraw(task, DropReason.NO_THREAD)
-    assert queue.stats().dropped == 0
-
-
-def test_a_task_that_was_withdrawn_is_not_counted_again() -> None:
-    """It is a dropped one, whatever the engine says of it later."""
-    queue, [task] = checked_out("task")
-    assert queue.withdraw(task, DropReason.NO_THREAD)
-
-    assert not queue.count_handed_off(task)
-    stats = queue.stats()
-    assert (stats.spawned, stats.queued, stats.dropped, stats.handed_off) == (1, 0, 1, 0)
 
 
 def test_a_spawn_just_after_the_movers_look_is_seen() -> None:
@@ -713,16 +690,16 @@ def test_an_exception_that_takes_a_ring_away_does_not_make_the_mover_deaf(always
         core.spawn("held", gate)
         gate.wait_entered()
         core.wait_rest()
-        thread, seats = core.mover.thread, core.queue.seats
+        thread, seats = core.mover.thread, core.queue.slots
 
         class Seats(list[Any]):
             def __len__(self) -> int:
                 if threading.current_thread() is thread:
-                    core.queue.seats = seats
+                    core.queue.slots = seats
                     exit_()
                 return len(seats)
 
-        core.queue.seats = Seats(seats)
+        core.queue.slots = Seats(seats)
         recovered = threading.Event()
         with after_call(core.mover, "_recover", recovered.set):
             core.mover.ring()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from bgtasks.core.figures import Outcome
-from bgtasks.core.places import State
+from bgtasks.core.queue import State
 from bgtasks.handoff import mover as module
 from bgtasks.handoff.engine import Fate
 from tests.gate import BOUND, Gate, wait_until
 from tests.handoff.kit import HandoffCore, fail, numbers
-from tests.pool import after_call, exit_, make_task
+from tests.pool import after_call, exit_, held, make_task
 
 # Shutdown.
 
@@ -124,7 +124,7 @@ def test_a_batch_that_fails_after_the_shutdown_is_not_run_either() -> None:
         engine.open()
         thread.join(BOUND)
 
-        assert not core.queue.held()
+        assert not held(core.queue)
         assert core.engine.taken == []
         assert core.ran == numbers(1, 4)
         assert sorted(core.ends.of(Outcome.CANCELLED)) == ["5", "6"]
@@ -211,9 +211,9 @@ def test_the_mover_steps_aside_for_a_fork_and_comes_back(patient: None) -> None:
     with HandoffCore(always=True) as core:
         core.put("1")
         core.drain()
-        core.drainer.before_fork()
+        core.forks.before_fork()
         assert not core.threads()
-        core.drainer.after_fork_in_parent()
+        core.forks.after_fork_in_parent()
         core.put("2")
         core.drain()
 
@@ -226,8 +226,8 @@ def test_a_fork_in_the_middle_of_a_move_takes_nothing_away(patient: None) -> Non
         core.engine.before = engine
         core.put("1")
         engine.wait_entered()
-        core.drainer.before_fork()
-        core.drainer.after_fork_in_parent()
+        core.forks.before_fork()
+        core.forks.after_fork_in_parent()
         engine.open()
         core.drain()
 
@@ -240,8 +240,8 @@ def test_a_fork_while_a_task_runs_leaves_the_mover_at_work() -> None:
         core.wait_rest()
         core.spawn("held", gate)
         gate.wait_entered()
-        core.drainer.before_fork()
-        core.drainer.after_fork_in_parent()
+        core.forks.before_fork()
+        core.forks.after_fork_in_parent()
 
         core.put(*numbers(1, 6))
         assert core.ends.wait(Outcome.HANDED_OFF, 2)
@@ -250,48 +250,48 @@ def test_a_fork_while_a_task_runs_leaves_the_mover_at_work() -> None:
 def test_a_fork_that_begins_as_the_mover_does_waits_for_it_or_leaves_it() -> None:
     """The interleaving is forced.
 
-    1. The fork finds every slot idle, and takes their seats.
+    1. The fork finds every slot idle, and takes them.
     2. The mover is in a pass: it has just begun, and has taken nothing yet.
-    3. The seats are given back, and the fork looks again once the pass is over.
+    3. They are given back, and the fork looks again once the pass is over.
     """
     with HandoffCore() as core, Gate() as gate:
         core.wait_rest()
         core.mover._pass = lambda bell: gate()
         core.mover.ring()
         gate.wait_entered()
-        assert not core.slots.unseat_if_idle()
-        assert len(core.queue.seats) == len(core.slots.all) == len(core.queue.idle)
+        assert not core.slots.step_aside_if_idle()
+        assert len(core.queue.slots) == len(core.slots.all) == len(core.queue.idle)
 
         gate.open()
         core.wait_rest()
-        assert core.slots.unseat_if_idle()
-        core.queue.seat(core.slots.all)
+        assert core.slots.step_aside_if_idle()
+        core.queue.set_slots(core.slots.all)
 
 
 def test_the_mover_begins_no_pass_while_a_fork_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interleaving is forced.
 
-    1. The fork finds everything idle, and takes the seats.
+    1. The fork finds everything idle, and takes the slots.
     2. A spawner puts a task, and rings: the mover leaves it alone.
     3. Another pool turns out to be busy, so the threads stay: the mover looks without another ring.
     """
     monkeypatch.setattr(module, "PAUSE", 0.001)
     looks: list[None] = []
 
-    class NoSeats(list[Any]):
+    class NoSlots(list[Any]):
         def __len__(self) -> int:
             looks.append(None)
             return 0
 
     with HandoffCore(always=True) as core:
         core.wait_rest()
-        assert core.slots.unseat_if_idle()
-        core.queue.seats = NoSeats()
+        assert core.slots.step_aside_if_idle()
+        core.queue.slots = NoSlots()
         core.put("1")
         wait_until(lambda: len(looks) >= 2)
         assert core.engine.packed == []
 
-        core.queue.seat(core.slots.all)
+        core.queue.set_slots(core.slots.all)
         core.drain()
 
         assert core.engine.taken == ["1"]
@@ -311,13 +311,13 @@ def test_a_fork_leaves_the_threads_while_the_engine_may_have_tasks() -> None:
         core.put("1")
         core.logs.wait("could not be handed off")
         core.wait_rest()
-        assert not core.slots.unseat_if_idle()
+        assert not core.slots.step_aside_if_idle()
 
         core.mover.ring()
         core.drain()
         core.wait_rest()
-        assert core.slots.unseat_if_idle()
-        core.queue.seat(core.slots.all)
+        assert core.slots.step_aside_if_idle()
+        core.queue.set_slots(core.slots.all)
 
 
 def test_a_fork_does_not_wait_for_a_pool_that_has_no_threads_yet() -> None:
@@ -326,7 +326,7 @@ def test_a_fork_does_not_wait_for_a_pool_that_has_no_threads_yet() -> None:
         assert core.queue.put(make_task("early")) is None
         assert core.queue.checked_out
 
-        assert core.slots.unseat_if_idle()
+        assert core.slots.step_aside_if_idle()
 
 
 def test_the_repr_is_a_status_line() -> None:

@@ -8,23 +8,16 @@ import pytest
 
 from bgtasks.core import figures, queue
 from bgtasks.core import task as task_module
-from bgtasks.core.figures import BOUNDS, EXPORTED, OTHERS, DropReason, Outcome, Times, two_digits
-from bgtasks.core.places import Seat
-from bgtasks.core.queue import TaskQueue
+from bgtasks.core.figures import BOUNDS, EXPORTED, OTHERS, DropReason, Outcome
+from bgtasks.core.queue import SlotState, TaskQueue
 from bgtasks.hooks import LAST, TEXT_MAX, traceback_text
+from bgtasks.monitoring.figures import Times, read_stats_by_name, two_digits
 from tests.gate import Gate
 from tests.pool import Core, exit_, make_task
 
 
-class StillSeat(Seat):
-    """A slot that does nothing by itself."""
-
-    def start(self) -> None:
-        pass
-
-
 def by_name(tasks: TaskQueue) -> dict[str, Any]:
-    return {of.name: of for of in tasks.stats_by_name()[1]}
+    return {of.name: of for of in read_stats_by_name(tasks)[1]}
 
 
 def times(*seconds: float) -> Times:
@@ -66,16 +59,16 @@ def test_times_are_counted_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     for module in (queue, task_module):
         monkeypatch.setattr(module, "monotonic", lambda: now)
-    tasks, seat = TaskQueue("q", 10, 1), StillSeat()
+    tasks, seat = TaskQueue("q", 10, 1), SlotState()
     for wait, run in [(0.0019, 0.0039), (0.0019, 20_000), (0.049, 0.0039)]:
         tasks.put(make_task("timed"))
         now += wait
-        tasks.seat([seat])
+        tasks.set_slots([seat])
         taken = tasks.take(seat)
         assert taken is not None
         now += run
         tasks.end(seat, taken, Outcome.SUCCEEDED)
-        tasks.seat([])
+        tasks.set_slots([])
 
     of = by_name(tasks)["timed"]
 
@@ -107,8 +100,8 @@ def test_number_of_names_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ["a", "b", "c", "d", "c"]:
         tasks.put(make_task(name))
     before = by_name(tasks)
-    seat = StillSeat()
-    tasks.seat([seat])
+    seat = SlotState()
+    tasks.set_slots([seat])
     task = tasks.take(seat)
     while task is not None:
         task = tasks.end(seat, task, Outcome.SUCCEEDED)

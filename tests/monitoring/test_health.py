@@ -15,7 +15,7 @@ from bgtasks.monitoring.health import problems
 from bgtasks.pools import pools
 from tests.engines import FakeEngine
 from tests.gate import BOUND, Gate
-from tests.pool import Core, make_task
+from tests.pool import Core, held, make_task
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_task_that_waits_for_the_engine_waits() -> None:
         core.queue.check_out_new = True
         core.queue.put(make_task("waits"))
         [problem] = problems(core.drainer, [core.slots], 0)
-        core.queue.put_back(core.queue.held())
+        core.queue.put_back(held(core.queue))
 
     assert problem.startswith("a task of pool 'core' has waited")
 

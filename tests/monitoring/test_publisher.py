@@ -70,7 +70,7 @@ class Observed(Core):
         super().__init__(**options)
         self.publisher = Publisher(self.drainer, lambda: [self.slots])
         self.publisher.configure()
-        self.drainer.companions = [self.publisher]
+        self.drainer.background = [self.publisher]
 
     def __enter__(self) -> "Observed":
         for thread in pools.publisher.stop():  # or the beat it is in would be one in this test's cache

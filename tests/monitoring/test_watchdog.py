@@ -6,6 +6,7 @@ from typing import Any, Self
 import pytest
 
 from bgtasks.monitoring import watchdog
+from bgtasks.monitoring.figures import read_stats
 from bgtasks.monitoring.watchdog import Watchdog
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import Core, after_call, make_task, wait_idle
@@ -19,7 +20,7 @@ class Watched(Core):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.watchdog = Watchdog(lambda: [self.slots, *(other.slots for other in self._others)])
-        self.drainer.companions = [self.watchdog]
+        self.drainer.background = [self.watchdog]
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -114,7 +115,7 @@ def test_functions_of_pools_without_a_limit_are_not_watched() -> None:
         core.logs.wait("'limited'")
 
         assert core.logs.of("'unlimited'") == []
-        assert other.queue.stats().stuck == 0
+        assert read_stats(other.queue).stuck == 0
         gate.open()
 
 

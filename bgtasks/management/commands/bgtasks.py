@@ -9,7 +9,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from bgtasks.core.figures import BOUNDS, two_digits
+from bgtasks.core.figures import BOUNDS
+from bgtasks.monitoring.figures import two_digits
 from bgtasks.monitoring.overview import overview
 from bgtasks.pools import pools
 
