@@ -279,7 +279,7 @@ class Pools(Waitable, Mapping[str, Pool]):
         pool = self._pools.get(name)
         if pool is not None and pool.slots is not None:
             return pool  # built, so BGTASKS defines it
-        if name not in conf.pool_names():
+        if conf.pool_config(name) is None:
             raise no_pool(name)
         with self._adding:
             if name not in self._pools:
@@ -356,6 +356,7 @@ class Pools(Waitable, Mapping[str, Pool]):
         for slots in self.built():
             self.drainer.remove(slots)  # of a pool that was built during the shutdown as well
         self.drainer.accepting = True
+        conf.forget()
         for pool in self._handles:
             pool.forget()
 
