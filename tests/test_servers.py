@@ -185,6 +185,7 @@ class Row:
 ASGI = "tests.servers.asgi:application"
 UNWRAPPED = "tests.servers.asgi:unwrapped"
 WSGI = "tests.servers.wsgi:application"
+MULE = str(Path(__file__).parent / "servers" / "mule.py")
 WSGI_EARLY = "tests.servers.wsgi_early:application"
 WSGI_SIGTERM = "tests.servers.wsgi_sigterm:application"
 
@@ -457,6 +458,22 @@ def test_worker_that_is_killed_in_a_request_loses_tasks(row: Any, tmp_path: Path
         with pytest.raises(httpx.TransportError):
             request.result(BOUND)
         assert site.account() == (0, 0), site.output
+
+
+@on(
+    uwsgi_mule=Row(UWSGI_GRACEFUL + "--env MULE=1 --lazy-apps --mule=" + MULE + " --module " + WSGI),
+    uwsgi_spooler=Row(
+        UWSGI_GRACEFUL + "--lazy-apps --spooler . --spooler-import tests.servers.mule --module " + WSGI
+    ),
+)
+def test_mules_and_spoolers_say_that_they_do_not_wait(row: Any, tmp_path: Path) -> None:
+    """UWSGI kills them at its end. The first task says so once, and what to do; and that does help."""
+    with Site(row.command, tmp_path) as site:
+        site.wait_line("the message is worked off")
+
+        assert "the task is done" in site.output
+        [warning] = site.warnings()
+        assert warning.startswith("a mule or spooler of uWSGI spawns tasks")
 
 
 @on(uwsgi_early=Row(UWSGI_GRACEFUL + "--processes 2 --module " + WSGI_EARLY, workers=2))
