@@ -18,10 +18,11 @@ from bgtasks.core.lock import new_lock
 from bgtasks.core.places import State
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
+from bgtasks.greenlets import may_have_loop
 from bgtasks.hooks import DjangoHooks, Helpers
 from bgtasks.monitoring.publisher import Publisher
 from bgtasks.monitoring.watchdog import Watchdog
-from bgtasks.process import ProcessHooks, has_forked, lifespan
+from bgtasks.process import ProcessHooks, lifespan, may_have_threads
 from bgtasks.signals import task_spawned
 from bgtasks.submission import DjangoTask, OnCommit, is_function, make_task
 from bgtasks.waiting import Waitable
@@ -166,6 +167,9 @@ class Pool(Waitable):
             lifespan.look(self.drainer)
         if task_spawned.receivers:
             self.hooks.spawned(task.name)
+        if task.asynchronous and slots.loop.running is None and not slots.loop.may_run():
+            task.discard()
+            return self.note_drop(task.name, slots.queue.refuse(task.name, DropReason.NO_LOOP))
         try:
             reason = slots.queue.put(task)
             if slots.look is not None:
@@ -260,7 +264,7 @@ class Pools(Waitable, Mapping[str, Pool]):
     """The pools that BGTASKS defines, by name."""
 
     def __init__(self) -> None:
-        super().__init__(Drainer(may_start=has_forked, new_executor=Helpers))
+        super().__init__(Drainer(may_have_threads, new_executor=Helpers, may_have_loop=may_have_loop))
         self.default = Pool(conf.DEFAULT_POOL, self.drainer)
         self._pools = {conf.DEFAULT_POOL: self.default}  # handles, once asked for; never removed
         # The same, to go through. A fork of a free-threaded Python may leave the lock of a dictionary held in

@@ -21,6 +21,7 @@ from asgiref.sync import AsyncToSync, SyncToAsync
 
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import log
+from bgtasks.greenlets import patched
 
 EXIT_ATTEMPTS = 100  # at a report of what is left, while signal handlers raise
 LOOK_INTERVAL = 1.0  # seconds between two looks for an event loop without a lifespan
@@ -111,6 +112,11 @@ def has_forked() -> bool:
         return True
     # A worker has a number. A mule or a spooler has none, but neither is it the master; 0 is no master.
     return bool(uwsgi.worker_id()) or uwsgi.masterpid() not in {0, os.getpid()}
+
+
+def may_have_threads() -> bool:
+    """Tell whether the drainer may start threads: not before uWSGI forks, and no greenlets of eventlet."""
+    return has_forked() and patched() != "eventlet"
 
 
 class Forking(Protocol):

@@ -281,8 +281,8 @@ def job_worker(argv: list[str], line: str, shop: dict[str, str]) -> Iterator[Ser
 
 @pytest.mark.parametrize(
     "options",
-    [["--max-tasks-per-child", "1"], [], ["--pool", "solo"], ["--pool", "threads"]],
-    ids=["child-for-each-job", "prefork", "solo", "threads"],
+    [["--max-tasks-per-child", "1"], [], ["--pool", "solo"], ["--pool", "threads"], ["--pool", "gevent"]],
+    ids=["child-for-each-job", "prefork", "solo", "threads", "gevent"],
 )
 def test_tasks_that_celery_jobs_spawn_are_done(options: Any, shop: dict[str, str]) -> None:
     """Whichever pool the worker has: its children end without exit hooks, but not without a signal."""

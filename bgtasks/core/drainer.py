@@ -71,16 +71,18 @@ class Drainer:
         self,
         may_start: Callable[[], bool] = lambda: True,
         new_executor: Callable[[], ThreadPoolExecutor] = ThreadPoolExecutor,
+        may_have_loop: Callable[[], bool] = lambda: True,
     ) -> None:
         self.companions: list[Companion] = []  # written before the start
         self._may_start = may_start  # False in a process whose threads would be missing in its workers
         self._new_executor = new_executor
+        self._may_have_loop = may_have_loop
         self._reset()
 
     def _reset(self) -> None:
         self.life = Life.STOPPED  # written under _lock, read without it
         self.accepting = True  # False once the process is shutting down
-        self.loop = Loop(self._new_executor)
+        self.loop = Loop(self._new_executor, self._may_have_loop)
         self.pace = Pace(lambda: self.loop.call_soon(self._look_at_pace, monotonic()))
         self._lock = new_lock()  # serializes start, stop and fork; spawners never take it
         self._pools: dict[Slots, None] = {}  # added to by spawners, with no lock; see add
@@ -155,7 +157,8 @@ class Drainer:
             if self.life is not Life.STOPPED or not self._pools or not self._may_start():
                 return
             self.pace.free()
-            self.loop.start()
+            if self.loop.may_run():
+                self.loop.start()
             self.life = Life.RUNNING
         log(logging.INFO, "the drainer has started")
         if START_SLOTS_AT_ONCE:

@@ -106,9 +106,9 @@ class TaskQueue(Steps):
         return True
 
     @step
-    def refuse(self, name: str) -> DropReason:
-        """Count the drop of a task called `name` that finds no place, and return the reason."""
-        reason = DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN
+    def refuse(self, name: str, reason: DropReason | None = None) -> DropReason:
+        """Count the drop of a task called `name`, for `reason` or for want of a place, and return why."""
+        reason = reason or (DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN)
         self.account.drop(name, reason)
         return reason
 

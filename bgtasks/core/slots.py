@@ -229,6 +229,8 @@ class Slot(Seat, Executor):
         try:
             result = task.call()
             if result is not None and self._is_coroutine(task, result):
+                if not self.pool.loop.may_run():
+                    raise RuntimeError(f"task {task.name!r} returned a coroutine, and no loop can run it")
                 hooks.leave()  # what it has opened on this thread does not go along
                 task.continue_with(cast(Any, result), copy_context(), hooks.capture())
                 return None
