@@ -265,6 +265,11 @@ from tests.shop.celery import spawn_receipts
 for number in range({JOBS}):
     spawn_receipts.delay(number)
 """
+ENGINE_JOBS = f"""
+from tests.shop import jobs
+for number in range({JOBS}):
+    jobs.receipts.using(backend="engine").enqueue(number)
+"""
 RQ_JOBS = f"""
 import django_rq
 from tests.shop import jobs
@@ -294,6 +299,19 @@ def test_tasks_that_celery_jobs_spawn_are_done(options: Any, shop: dict[str, str
         assert server.stop() == 0
 
         assert "cancelled" not in server.output
+        assert query("SELECT count(*) FROM shop_done WHERE key LIKE 'receipt-%'") == [(3 * JOBS,)]
+
+
+@pytest.mark.parametrize("engine", ["db", "huey"])
+def test_tasks_that_jobs_of_other_workers_spawn_are_done(engine: Any, shop: dict[str, str]) -> None:
+    """Their processes end as Python does."""
+    shop = {**shop, "SHOP_ENGINE": engine, "SHOP_WHEN": "never", **SLOW_WORKER}
+    migrate(shop)
+    with job_worker(WORKERS[engine], READY[engine], shop) as server:
+        run(ENGINE_JOBS, shop)
+        wait_for_rows(JOBS, "shop_done WHERE key LIKE 'job-%'")
+        server.stop()
+
         assert query("SELECT count(*) FROM shop_done WHERE key LIKE 'receipt-%'") == [(3 * JOBS,)]
 
 

@@ -1,5 +1,7 @@
 """Jobs of other queues, which spawn tasks, as a signal handler does that web processes share."""
 
+from django.tasks import task
+
 import bgtasks
 from tests.shop import tasks
 
@@ -12,3 +14,9 @@ def spawn_receipts(number: int) -> None:
     ]
     assert all(accepted)
     tasks.done(f"job-{number}")
+
+
+@task()
+def receipts(number: int) -> None:
+    """Do the same as a task of Django's own kind."""
+    spawn_receipts(number)
