@@ -12,7 +12,13 @@ from django.core.signals import setting_changed
 from django.db.backends.signals import connection_created
 
 from bgtasks import conf
-from bgtasks.checks import check_database_pools, check_handoff, check_lifespan, check_settings
+from bgtasks.checks import (
+    check_database_pools,
+    check_greenlets,
+    check_handoff,
+    check_lifespan,
+    check_settings,
+)
 from bgtasks.pools import pools
 
 
@@ -30,6 +36,7 @@ class BgtasksConfig(AppConfig):
         register(check_settings)
         register(check_database_pools)  # not Tags.database: it opens no connection, and shall always run
         register(check_handoff)
+        register(check_greenlets)
         register(check_lifespan, deploy=True)
         setting_changed.connect(_on_setting_changed, dispatch_uid="bgtasks")
         connection_created.connect(_on_connection_created, dispatch_uid="bgtasks")

@@ -12,6 +12,7 @@ from django.db import connections, router
 from django.utils.module_loading import import_string
 
 from bgtasks import conf
+from bgtasks.greenlets import NO_GREENLETS, NO_LOOP, patched
 
 # Backends in TASKS that no worker of another process takes tasks from, and what they do instead.
 NO_ENGINES = {
@@ -131,6 +132,28 @@ def _cache_databases() -> set[str]:
         return set()
     model: Any = cache.cache_model_class
     return {router.db_for_read(model), router.db_for_write(model)}
+
+
+def check_greenlets(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Report that threads are greenlets: of gevent (bgtasks.W003), or of eventlet (bgtasks.E030)."""
+    patch = patched()
+    if patch == "gevent":
+        return [
+            checks.Warning(
+                f"{NO_LOOP}: they are dropped.",
+                hint="Spawn plain functions, which do run, or use a server with threads or asyncio.",
+                id="bgtasks.W003",
+            )
+        ]
+    if patch == "eventlet":
+        return [
+            checks.Error(
+                f"{NO_GREENLETS}: every task is dropped.",
+                hint="Use a server with threads, asyncio or gevent: eventlet is not developed any more.",
+                id="bgtasks.E030",
+            )
+        ]
+    return []
 
 
 def check_lifespan(**_kwargs: Any) -> list[checks.CheckMessage]:

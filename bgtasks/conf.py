@@ -67,6 +67,17 @@ class SnapshotConfig(NamedTuple):
     cache: str = "default"
 
 
+class _Read(NamedTuple):
+    """A value of BGTASKS without a mistake, and what it says."""
+
+    value: object
+    configs: Mapping[str, PoolConfig]
+
+
+_NO_POOLS: Mapping[str, Any] = {}  # the setting of a project that has none
+_last: _Read | None = None  # what was read last; whoever finds another value replaces it
+
+
 class Problem(NamedTuple):
     """One mistake in BGTASKS, as a system check reports it."""
 
@@ -77,7 +88,7 @@ class Problem(NamedTuple):
 
 def configured() -> Mapping[str, Any]:
     """Return the setting as the project wrote it, with the default pool added if it is left out."""
-    value: Any = getattr(settings, "BGTASKS", {})
+    value: Any = getattr(settings, "BGTASKS", _NO_POOLS)
     if _is_mapping(value) and DEFAULT_POOL not in value:
         return {DEFAULT_POOL: {}, **value}
     whatever: Any = value  # problems() says what is wrong with it
@@ -90,7 +101,7 @@ def pool_names() -> list[str]:
     Raises:
         InvalidSettings: BGTASKS has a mistake.
     """
-    return list(_valid())
+    return list(_configs())
 
 
 def pool_config(name: str) -> PoolConfig | None:
@@ -99,10 +110,7 @@ def pool_config(name: str) -> PoolConfig | None:
     Raises:
         InvalidSettings: BGTASKS has a mistake.
     """
-    pools = _valid()
-    if name not in pools:
-        return None
-    return PoolConfig(**{key.lower(): value for key, value in pools[name].items() if key in _OPTIONS})
+    return _configs().get(name)
 
 
 def handoff_aliases() -> list[str]:
@@ -113,11 +121,29 @@ def handoff_aliases() -> list[str]:
     return [alias for alias in aliases if isinstance(alias, str)]
 
 
-def _valid() -> Mapping[str, Any]:
-    pools = configured()
-    for problem in problems(pools):
-        raise InvalidSettings(f"{problem.message} {problem.hint} ({problem.id})")
-    return pools
+def _configs() -> Mapping[str, PoolConfig]:
+    """Return the options of all pools by name.
+
+    Each value of the setting is checked once: a check for each pool would make a start quadratic.
+    """
+    global _last
+    last, value = _last, getattr(settings, "BGTASKS", _NO_POOLS)
+    if last is None or last.value is not value:
+        pools = configured()
+        for problem in problems(pools):
+            raise InvalidSettings(f"{problem.message} {problem.hint} ({problem.id})")
+        _last = last = _Read(value, {name: _config(options) for name, options in pools.items()})
+    return last.configs
+
+
+def _config(options: Mapping[str, Any]) -> PoolConfig:
+    return PoolConfig(**{key.lower(): value for key, value in options.items()})
+
+
+def forget() -> None:
+    """Read the setting anew when it is asked for: it may have been changed in place."""
+    global _last
+    _last = None
 
 
 def problems(pools: Any) -> Iterator[Problem]:

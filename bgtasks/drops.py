@@ -12,6 +12,7 @@ from bgtasks.core.figures import DropReason
 from bgtasks.core.lock import free, new_lock
 from bgtasks.core.log import escaped, log_bare, logger
 from bgtasks.core.queue import TaskQueue
+from bgtasks.greenlets import NO_GREENLETS, NO_LOOP, patched
 
 DROP_INTERVAL = 60.0  # seconds between two warnings about drops of tasks of one name
 DROP_NAMES = 1000  # names whose drops are told apart; those of all further names share one warning
@@ -85,7 +86,10 @@ class DropLog:
         why = {
             DropReason.FULL: f"pool {queue.pool!r} is full (capacity {queue.capacity})",
             DropReason.SHUTDOWN: f"pool {queue.pool!r} is shut down",
-            DropReason.NO_THREAD: f"pool {queue.pool!r} cannot start a thread",
+            DropReason.NO_THREAD: NO_GREENLETS
+            if patched() == "eventlet"
+            else f"pool {queue.pool!r} cannot start a thread",
+            DropReason.NO_LOOP: NO_LOOP,
         }[reason]
         args: tuple[object, ...] = (name, why) if count == 1 else (name, count, why)
         message = "task %r dropped: %s" if count == 1 else "task %r dropped %d times more: %s"

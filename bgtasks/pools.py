@@ -19,12 +19,13 @@ from bgtasks.core.queue import State
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.forks import Forks
+from bgtasks.greenlets import may_have_loop
 from bgtasks.hooks import DjangoHooks, Helpers
 from bgtasks.monitoring.figures import PoolStats, read_stats
 from bgtasks.monitoring.pace import MeasuredPace
 from bgtasks.monitoring.publisher import Publisher
 from bgtasks.monitoring.watchdog import Watchdog
-from bgtasks.process import ProcessHooks, has_forked, lifespan
+from bgtasks.process import ProcessHooks, lifespan, may_have_threads
 from bgtasks.signals import task_spawned
 from bgtasks.submission import DjangoTask, OnCommit, is_function, make_task
 from bgtasks.waiting import Waitable
@@ -169,17 +170,26 @@ class Pool(Waitable):
             lifespan.look(self.drainer)
         if task_spawned.receivers:
             self.hooks.spawned(task.name)
-        if not slots.all and not self.drainer.ensure(slots):
+        reason = None if slots.all and slots.loop.running is not None else self._impossible(task, slots)
+        if reason is not None:
             task.discard()
-            return self.note_drop(task.name, slots.queue.refuse(task.name, DropReason.NO_THREAD))
+            return self.note_drop(task.name, slots.queue.refuse(task.name, reason))
         try:
             reason = slots.queue.put(task)
             if slots.look is not None:
                 slots.look()
         finally:
             if not slots.all:
-                self.drainer.ensure(slots)  # a fork may have ended the threads *just* before that
+                self._impossible(task, slots)  # a fork may have ended the threads *just* before that
         return reason is None or self.note_drop(task.name, reason)
+
+    def _impossible(self, task: Task, slots: Slots) -> DropReason | None:
+        """Have the threads there that `task` needs. Return why that is impossible, or None."""
+        if slots.queue.state is not State.OPEN:
+            return None  # put says so
+        if task.asynchronous and slots.loop.running is None and not slots.loop.may_run():
+            return DropReason.NO_LOOP
+        return None if slots.all or self.drainer.ensure(slots) else DropReason.NO_THREAD
 
     def _build_for(self, task: Task) -> Slots:
         try:
@@ -259,7 +269,7 @@ class Pools(Waitable, Mapping[str, Pool]):
     """The pools that BGTASKS defines, by name."""
 
     def __init__(self) -> None:
-        super().__init__(Drainer(may_start=has_forked, new_executor=Helpers))
+        super().__init__(Drainer(may_have_threads, new_executor=Helpers, may_have_loop=may_have_loop))
         self.default = Pool(conf.DEFAULT_POOL, self.drainer)
         self._pools = {conf.DEFAULT_POOL: self.default}  # handles, once asked for; never removed
         # The same, to go through. A fork of a free-threaded Python may leave the lock of a dictionary held in
@@ -280,7 +290,7 @@ class Pools(Waitable, Mapping[str, Pool]):
         pool = self._pools.get(name)
         if pool is not None and pool.slots is not None:
             return pool  # built, so BGTASKS defines it
-        if name not in conf.pool_names():
+        if conf.pool_config(name) is None:
             raise no_pool(name)
         with self._adding:
             if name not in self._pools:
@@ -357,6 +367,7 @@ class Pools(Waitable, Mapping[str, Pool]):
         for slots in self.built():
             self.drainer.remove(slots)  # of a pool that was built during the shutdown as well
         self.drainer.accepting = True
+        conf.forget()
         for pool in self._handles:
             pool.forget()
 

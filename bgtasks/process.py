@@ -14,12 +14,14 @@ from collections.abc import Callable
 from functools import partial
 from math import inf
 from time import monotonic
+from types import FrameType
 from typing import Any, Protocol
 
 from asgiref.sync import AsyncToSync, SyncToAsync
 
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import log
+from bgtasks.greenlets import patched
 
 EXIT_ATTEMPTS = 100  # at a report of what is left, while signal handlers raise
 LOOK_INTERVAL = 1.0  # seconds between two looks for an event loop without a lifespan
@@ -27,21 +29,40 @@ LOOK_INTERVAL = 1.0  # seconds between two looks for an event loop without a lif
 _threadlocal = SyncToAsync.threadlocal  # where asgiref notes for which loop a thread works
 
 
-class Lifespan:
-    """Whether this process will hear of its server's shutdown.
+WORK_HORSE = (
+    "a job of RQ's forking worker spawns tasks, and its process ends without exit hooks as the job returns: "
+    "what has not ended by then is lost; use rq.SimpleWorker, or enqueue a job in place of the task"
+)
+MULE = (
+    "a mule or spooler of uWSGI spawns tasks, and uWSGI ends it without waiting for them: what has not ended "
+    "by then is lost; call bgtasks.drain() at the end of each message"
+)
 
-    On uvicorn no exit hook runs: without ``bgtasks.asgi.lifespan`` what is queued is lost at each deploy.
+
+class Lifespan:
+    """Whether this process will hear of its end.
+
+    On uvicorn no exit hook runs: without ``bgtasks.asgi.lifespan`` what is queued is lost at each deploy. Nor
+    does one run in the processes of some workers of other queues.
     """
 
     def __init__(self) -> None:
-        self.settled = False  # a lifespan was seen, or its absence was reported; one direction
+        self.forget()
+
+    def forget(self) -> None:
+        """Know of nothing: this is a forked child, which may end in another way."""
+        self.settled = False  # a lifespan was seen, or what is lost was reported
         self.look_at = 0.0  # monotonic seconds, from when on a spawn shall ``look``
 
     def look(self, drainer: Drainer) -> None:
-        """Report once that a task is spawned on an event loop, and no lifespan was ever seen.
+        """Report once that this process spawns a task, and will not hear of its end.
 
-        It would be a tenth of what a spawn costs, so it is done once a second at most.
+        That is so in some job workers; and on an event loop, as long as no lifespan was seen. It would be a
+        tenth of what a spawn costs, so it is done once a second at most.
         """
+        if self.look_at == 0.0 and (message := _job_worker()) is not None:
+            self.settled = True
+            log(logging.WARNING, message)
         if self.settled:
             self.look_at = inf
             return
@@ -62,6 +83,20 @@ class Lifespan:
         )
 
 
+def _job_worker() -> str | None:
+    """Return what is to be said of a worker of another queue whose processes end without exit hooks."""
+    uwsgi: Any = sys.modules.get("uwsgi")  # built in there
+    if hasattr(uwsgi, "mule_id") and (uwsgi.mule_id() or uwsgi.i_am_the_spooler()):
+        return MULE
+    frame: FrameType | None = sys._getframe() if "rq" in sys.modules else None
+    while frame is not None:
+        # In a child that was forked or spawned for one job. It ends with os._exit.
+        if frame.f_code.co_name == "main_work_horse" and frame.f_globals["__name__"].startswith("rq."):
+            return WORK_HORSE
+        frame = frame.f_back
+    return None
+
+
 lifespan = Lifespan()
 
 
@@ -77,6 +112,11 @@ def has_forked() -> bool:
         return True
     # A worker has a number. A mule or a spooler has none, but neither is it the master; 0 is no master.
     return bool(uwsgi.worker_id()) or uwsgi.masterpid() not in {0, os.getpid()}
+
+
+def may_have_threads() -> bool:
+    """Tell whether the drainer may start threads: not before uWSGI forks, and no greenlets of eventlet."""
+    return has_forked() and patched() != "eventlet"
 
 
 class Forking(Protocol):
@@ -111,7 +151,8 @@ class ProcessHooks:
         if hasattr(os, "register_at_fork"):
             for each in forking:
                 os.register_at_fork(before=each.before_fork, after_in_parent=each.after_fork_in_parent)
-            os.register_at_fork(after_in_child=self._after_fork_in_child)
+            os.register_at_fork(after_in_child=self._on_fork_in_child)
+        self._listen_to_celery()
         # At atexit time sync_to_async and to_thread fail already. The hooks of threading run before, newest
         # first, so ours has to come after that of concurrent.futures, which ends the executors.
         importlib.import_module("concurrent.futures.thread")
@@ -141,6 +182,22 @@ class ProcessHooks:
                     self._shutdown(timeout=0)
                     break
             raise
+
+    def _on_fork_in_child(self) -> None:
+        self._after_fork_in_child()
+        lifespan.forget()
+        self._listen_to_celery()  # it may have been imported since
+
+    def _listen_to_celery(self) -> None:
+        """Shut down with a child of Celery's prefork pool, which ends without exit hooks."""
+        signals: Any = sys.modules.get("celery.signals")
+        if signals is not None:
+            signals.worker_process_shutdown.connect(
+                self._on_celery_shutdown, dispatch_uid="bgtasks", weak=False
+            )
+
+    def _on_celery_shutdown(self, **_named: object) -> None:
+        self._shutdown()
 
     def _on_uwsgi_fork(self, other_hook: Callable[[], object]) -> None:
         other_hook()

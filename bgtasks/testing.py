@@ -22,6 +22,7 @@ from typing import Any
 
 from django.test.utils import TestContextDecorator
 
+from bgtasks.core.log import counts_of
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
@@ -132,7 +133,7 @@ class Captured:
                 f"(-: expected, +: spawned):\n"
                 + "\n".join(_difference((args, kwargs), (call.args, call.kwargs)) for call in named)
             )
-        spawned = ", ".join(f"{number} {other!r}" for other, number in Counter(self.names).items())
+        spawned = counts_of(self.names)
         close = difflib.get_close_matches(name, self.names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise AssertionError(f"no task {name!r} was spawned; spawned were: {spawned or 'none'}{hint}")

@@ -11,6 +11,7 @@ from pytest_django import Settings
 
 import bgtasks
 from bgtasks import conf
+from bgtasks.checks import check_database_pools
 from bgtasks.conf import PoolConfig
 from bgtasks.core.drainer import START_SLOTS_AT_ONCE
 from bgtasks.exceptions import InvalidSettings, PoolDoesNotExist
@@ -100,6 +101,38 @@ def test_overridden_setting_makes_new_pools(settings: Settings) -> None:
     settings.BGTASKS = {"default": {"CAPACITY": 7, "CONN_MAX": 2}}
 
     assert repr(bgtasks.pools.default.stats()).startswith("PoolStats(capacity=7, conn_max=2,")
+
+
+def test_setting_is_checked_once_however_many_pools_there_are(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start looks at each pool's options once. Once for each pair of pools took seconds with a thousand."""
+    settings.BGTASKS = {str(number): {"CONN_MAX": 1} for number in range(50)}
+    looked_at: list[str] = []
+    problems = conf._pool_problems
+
+    def look(pool: str, options: Any) -> Any:
+        looked_at.append(pool)
+        return problems(pool, options)
+
+    monkeypatch.setattr(conf, "_pool_problems", look)
+    for pool in bgtasks.pools.values():
+        pool.build()
+    assert bgtasks.stats().keys() == settings.BGTASKS.keys() | {"default"}
+    check_database_pools()
+    bgtasks.pools["7"].spawn("counted", int)
+
+    assert sorted(looked_at) == sorted(2 * [*bgtasks.pools])  # once by the pools, and once by the check
+
+
+def test_setting_that_was_changed_in_place_is_read_at_a_restart(settings: Settings) -> None:
+    """The dictionary is the same one, but the pools are to be new ones."""
+    settings.BGTASKS = {"default": {"CAPACITY": 7}}
+    bgtasks.stats()
+    settings.BGTASKS["default"]["CAPACITY"] = 8
+    bgtasks.pools.restart()
+
+    assert bgtasks.stats()["default"].capacity == 8
 
 
 def test_override_of_another_setting_leaves_the_pools_alone(settings: Settings) -> None:

@@ -252,6 +252,85 @@ def test_an_engine_that_is_down_costs_nothing_but_a_warning(shop: dict[str, str]
     assert query("SELECT count(*) FROM shop_again") == [(ORDERS * len(KINDS),)]
 
 
+# Workers of other queues, in whose jobs tasks are spawned for the pools of the worker's own process.
+
+JOBS = 10
+SLOW_WORKER = {"SHOP_CONN_MAX": "2", "SHOP_SHUTDOWN_TIMEOUT": str(2 * BOUND)}
+CELERY = ["-m", "celery", "-A", "tests.shop.celery", "worker", "--concurrency", "2", "--loglevel", "INFO"]
+RQ = ["-m", "django", "rqworker", "default"]
+
+
+CELERY_JOBS = f"""
+from tests.shop.celery import spawn_receipts
+for number in range({JOBS}):
+    spawn_receipts.delay(number)
+"""
+ENGINE_JOBS = f"""
+from tests.shop import jobs
+for number in range({JOBS}):
+    jobs.receipts.using(backend="engine").enqueue(number)
+"""
+RQ_JOBS = f"""
+import django_rq
+from tests.shop import jobs
+for number in range({JOBS}):
+    django_rq.enqueue(jobs.spawn_receipts, number)
+"""
+
+
+@contextmanager
+def job_worker(argv: list[str], line: str, shop: dict[str, str]) -> Iterator[Server]:
+    with Server([sys.executable, *argv], line=line, env=shop, bound=3 * BOUND) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--max-tasks-per-child", "1"], [], ["--pool", "solo"], ["--pool", "threads"], ["--pool", "gevent"]],
+    ids=["child-for-each-job", "prefork", "solo", "threads", "gevent"],
+)
+def test_tasks_that_celery_jobs_spawn_are_done(options: Any, shop: dict[str, str]) -> None:
+    """Whichever pool the worker has: its children end without exit hooks, but not without a signal."""
+    shop = {**shop, "CELERY_BROKER_URL": shop["SHOP_VALKEY"], **SLOW_WORKER}
+    migrate(shop)
+    with job_worker([*CELERY, *options], "ready.", shop) as server:
+        run(CELERY_JOBS, shop)
+        wait_for_rows(JOBS, "shop_done WHERE key LIKE 'job-%'")
+        assert server.stop() == 0
+
+        assert "cancelled" not in server.output
+        assert query("SELECT count(*) FROM shop_done WHERE key LIKE 'receipt-%'") == [(3 * JOBS,)]
+
+
+@pytest.mark.parametrize("engine", ["db", "huey"])
+def test_tasks_that_jobs_of_other_workers_spawn_are_done(engine: Any, shop: dict[str, str]) -> None:
+    """Their processes end as Python does."""
+    shop = {**shop, "SHOP_ENGINE": engine, "SHOP_WHEN": "never", **SLOW_WORKER}
+    migrate(shop)
+    with job_worker(WORKERS[engine], READY[engine], shop) as server:
+        run(ENGINE_JOBS, shop)
+        wait_for_rows(JOBS, "shop_done WHERE key LIKE 'job-%'")
+        server.stop()
+
+        assert query("SELECT count(*) FROM shop_done WHERE key LIKE 'receipt-%'") == [(3 * JOBS,)]
+
+
+@pytest.mark.parametrize(("worker", "done"), [("rq.Worker", False), ("rq.SimpleWorker", True)])
+def test_tasks_that_rq_jobs_spawn_are_done_by_a_worker_that_does_not_fork(
+    worker: Any, done: Any, shop: dict[str, str]
+) -> None:
+    """The process of a job ends as it returns, without hooks: its first spawn says so, and what to do."""
+    shop = {**shop, "SHOP_ENGINE": "rq", "SHOP_WHEN": "never", **SLOW_WORKER}
+    migrate(shop)
+    with job_worker([*RQ, "--worker-class", worker], READY["rq"], shop) as server:
+        run(RQ_JOBS, shop)
+        wait_for_rows(JOBS, "shop_done WHERE key LIKE 'job-%'")
+        server.stop()
+
+        assert query("SELECT count(*) FROM shop_done WHERE key LIKE 'receipt-%'") == [(3 * JOBS * done,)]
+        assert server.output.count("use rq.SimpleWorker") == (0 if done else JOBS)
+
+
 SIGN_UP = """
 import django
 django.setup()

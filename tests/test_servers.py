@@ -185,6 +185,7 @@ class Row:
 ASGI = "tests.servers.asgi:application"
 UNWRAPPED = "tests.servers.asgi:unwrapped"
 WSGI = "tests.servers.wsgi:application"
+MULE = str(Path(__file__).parent / "servers" / "mule.py")
 WSGI_EARLY = "tests.servers.wsgi_early:application"
 WSGI_SIGTERM = "tests.servers.wsgi_sigterm:application"
 
@@ -374,6 +375,32 @@ def test_worker_that_is_replaced_ends_its_tasks(row: Any, tmp_path: Path) -> Non
         assert status == row.status, site.output
 
 
+@on(
+    gunicorn_gevent=Row(GUNICORN + "-k gevent " + WSGI),
+    gunicorn_gevent_preload=Row(GUNICORN + "-c python:tests.servers.gevent_conf -k gevent --preload " + WSGI),
+)
+def test_gevent_runs_plain_functions_and_leaves_requests_alone(row: Any, tmp_path: Path) -> None:
+    """Threads are greenlets there: beside an event loop in one of them, Django would refuse all ORM calls."""
+    with Site(row.command, tmp_path) as site:
+        for _ in range(2):
+            answer = site.get("/spawn/", run=site.run, gate=site.gate, n=N)
+            assert answer["accepted"] == N // 2
+            site.accepted[answer["pid"]] += answer["accepted"]
+        site.poll(lambda: site.at_gate() == 2, "both slots to wait")
+        assert site.get("/rows/", run=site.run)["rows"] == 0
+        site.end(row.signum)
+        site.kill_all(row.signum)  # once more, to every process
+        site.open_gate()
+        status = site.wait()
+
+        assert site.account() == (N, 0), site.output
+        assert status == row.status, site.output
+        first, rest = site.warnings()
+        why = "gevent has replaced threads, so there is no event loop for asynchronous tasks"
+        assert first == f"task 'awrite' dropped: {why}"
+        assert rest == f"task 'awrite' dropped {N - 1} times more: {why}"
+
+
 @on(gunicorn_timeout=Row(GUNICORN + "--max-requests 3 --timeout 600 " + WSGI))
 def test_drain_that_gunicorn_aborts_is_reported(row: Any, tmp_path: Path) -> None:
     """A replaced worker that drains for longer than --timeout is sent SIGABRT, which raises SystemExit.
@@ -457,6 +484,22 @@ def test_worker_that_is_killed_in_a_request_loses_tasks(row: Any, tmp_path: Path
         with pytest.raises(httpx.TransportError):
             request.result(BOUND)
         assert site.account() == (0, 0), site.output
+
+
+@on(
+    uwsgi_mule=Row(UWSGI_GRACEFUL + "--env MULE=1 --lazy-apps --mule=" + MULE + " --module " + WSGI),
+    uwsgi_spooler=Row(
+        UWSGI_GRACEFUL + "--lazy-apps --spooler . --spooler-import tests.servers.mule --module " + WSGI
+    ),
+)
+def test_mules_and_spoolers_say_that_they_do_not_wait(row: Any, tmp_path: Path) -> None:
+    """UWSGI kills them at its end. The first task says so once, and what to do; and that does help."""
+    with Site(row.command, tmp_path) as site:
+        site.wait_line("the message is worked off")
+
+        assert "the task is done" in site.output
+        [warning] = site.warnings()
+        assert warning.startswith("a mule or spooler of uWSGI spawns tasks")
 
 
 @on(uwsgi_early=Row(UWSGI_GRACEFUL + "--processes 2 --module " + WSGI_EARLY, workers=2))

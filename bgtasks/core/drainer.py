@@ -53,26 +53,24 @@ class Drainer:
         self,
         may_start: Callable[[], bool] = lambda: True,
         new_executor: Callable[[], ThreadPoolExecutor] = ThreadPoolExecutor,
+        may_have_loop: Callable[[], bool] = lambda: True,
     ) -> None:
         self.background: list[BackgroundThread] = []  # written before the start
         self.pace = Pace()  # of the slots of all pools; written before the start
         self._may_start = may_start  # False in a process whose threads would be missing in its workers
         self._new_executor = new_executor
+        self._may_have_loop = may_have_loop
         self.reset()
 
     def reset(self) -> None:
         """Know of no pool and no thread: nothing was started yet, or this is a forked child."""
         self.accepting = True  # False once the process is shutting down
-        self.loop = Loop(self._new_executor)
+        self.running = False  # written under the lock
+        self.loop = Loop(self._new_executor, self._may_have_loop)
         self.lock = new_lock()  # serializes start, stop and fork; spawners never take it
         self.pools: dict[Slots, None] = {}  # added to by spawners, with no lock; see add
         self._wanted: dict[Slots, None] = {}  # pools whose slots shall be started; likewise
         self._starting = False  # a bare thread is starting; two of them do no harm
-
-    @property
-    def running(self) -> bool:
-        """Whether the loop has its thread."""
-        return self.loop.thread is not None
 
     def add(self, pool: Slots) -> None:
         """Start the slots of `pool` when it has tasks. Spawners call this, so it waits for nothing."""
@@ -136,7 +134,9 @@ class Drainer:
             if self.running or not self.pools or not self._may_start():
                 return
             self.pace.free()
-            self.loop.start()
+            if self.loop.may_run():
+                self.loop.start()
+            self.running = True
         log(logging.INFO, "the drainer has started")
         if START_SLOTS_AT_ONCE:
             self.open(dict(self.pools))
@@ -160,6 +160,7 @@ class Drainer:
 
     def stop_threads(self) -> list[threading.Thread]:
         """Let all threads end after what they do now, and return them for joining. Under the lock."""
+        self.running = False
         threads = [thread for pool in list(self.pools) for thread in pool.stop()]
         threads += [each for thread in self.background for each in thread.stop()]
         return threads + self.loop.stop()

@@ -47,6 +47,7 @@ class DropReason(enum.Enum):
     FULL = "full"
     SHUTDOWN = "shutdown"
     NO_THREAD = "no_thread"
+    NO_LOOP = "no_loop"
 
 
 class NameFigures:

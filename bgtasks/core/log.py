@@ -11,9 +11,15 @@ import contextlib
 import logging
 import re
 import traceback
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
+from bgtasks.core.figures import NAMES_MAX
+
 logger = logging.getLogger("bgtasks")
+
+NAME_LENGTH = 100  # characters of a name that are shown among others
 
 # What moves the cursor, ends a line or turns the direction of writing, and halves of characters, which no
 # handler could write. Not the tab, nor the line feed that ends a line of a traceback. `re` keeps it compiled.
@@ -61,6 +67,15 @@ def indented(text: str) -> str:
 def escaped(text: str) -> str:
     """Return `text` as one line, with control characters written as Python writes them in a literal."""
     return re.sub(_CONTROL, lambda match: ascii(match[0])[1:-1], text.replace("\n", "\\n"))
+
+
+def counts_of(names: Iterable[str]) -> str:
+    """Return how many there are of which of `names`, the most frequent first, as text of bounded length."""
+    counts = Counter(name[:NAME_LENGTH] for name in names)
+    told = counts.most_common(NAMES_MAX)
+    untold = counts.total() - sum(count for _, count in told)
+    shown = [f"{count} {name!r}" for name, count in told]
+    return ", ".join([*shown, f"{untold} of other names"] if untold else shown)
 
 
 def log_bare(level: int, message: str, args: tuple[object, ...]) -> None:

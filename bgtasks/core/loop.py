@@ -21,8 +21,13 @@ BROKEN_PAUSE = 1.0  # seconds before a loop is run again that may be broken, and
 class Loop:
     """An event loop on a thread of its own, which any thread may have call something."""
 
-    def __init__(self, new_executor: Callable[[], ThreadPoolExecutor] = ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        new_executor: Callable[[], ThreadPoolExecutor] = ThreadPoolExecutor,
+        may_run: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._new_executor = new_executor  # for asyncio.to_thread, and for look-ups
+        self.may_run = may_run  # False where the loop would share its thread with all others
         # Written under the drainer's lock, read without it.
         self.running: asyncio.AbstractEventLoop | None = None
         self.thread: threading.Thread | None = None

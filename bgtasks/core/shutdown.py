@@ -6,14 +6,13 @@ import contextlib
 import logging
 import queue
 import threading
-from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from time import monotonic
 
 from bgtasks.core.drainer import STOP_PATIENCE, Drainer, join
 from bgtasks.core.figures import Outcome
-from bgtasks.core.log import log
+from bgtasks.core.log import counts_of, log
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task, current_task
@@ -105,8 +104,7 @@ class Shutdown:
         by_themselves = [task for task in self._asked if task.outcome is Outcome.CANCELLED]
         tasks = dict.fromkeys([*self._cancelled, *by_themselves])
         if tasks:
-            counts = Counter(task.name for task in tasks).most_common()
-            names = ", ".join(f"{count} {name!r}" for name, count in counts)
+            names = counts_of(task.name for task in tasks)
             log(logging.WARNING, "pool %r was shut down with %d tasks cancelled: %s", pool, len(tasks), names)
         # No call in between, so it is said again as a whole or not at all.
         self._cancelled, self._asked, self._told = [], [], 0

@@ -151,6 +151,8 @@ class Slot(SlotState):
                 hooks.started(task)
             result = task.call()
             if result is not None and self._is_coroutine(task, result):
+                if not self.pool.loop.may_run():
+                    raise RuntimeError(f"task {task.name!r} returned a coroutine, and no loop can run it")
                 task.function, task.asynchronous, self.calls.used = result, True, True
                 self._leave_for_other_thread(task)
                 return None

@@ -83,27 +83,34 @@ class Engine:
         except CannotTravelError as reason:
             self._log_stay(task, str(reason))
         except Exception as error:
-            message = "task %r of pool %r could not be packed, and runs here"
-            log(logging.ERROR, message, task.name, self._pool, error=error)
+            if self._is_new(task):
+                message = "task %r of pool %r could not be packed, and runs here"
+                log(logging.ERROR, message, task.name, self._pool, error=error)
         return None
 
     def _log_stay(self, task: Task, reason: str) -> None:
-        if task.name not in self._logged and len(self._logged) < NAMES:
-            self._logged.add(task.name)
+        if self._is_new(task):
             message = "task %r of pool %r cannot be handed off to the engine %r, and runs here: %s"
             log(logging.WARNING, message, task.name, self._pool, self.alias, reason)
+
+    def _is_new(self, task: Task) -> bool:
+        """Tell whether it was not logged yet that a task of this name stays. From now on it was."""
+        new = task.name not in self._logged and len(self._logged) < NAMES
+        if new:
+            self._logged.add(task.name)
+        return new
 
     def _content(self, task: Task) -> Content:
         locale = payload.locale_of(self._hooks, task)
         engine = backend(self.alias)
         function = task.function
         if isinstance(function, Recorded):
-            known, args, kwargs = function.description()  # its arguments are JSON already
+            known, args, kwargs = function.description()
         else:
-            args, kwargs = [*task.args], {**task.kwargs}
-            if not payload.is_json(args) or not payload.is_json(kwargs):
-                raise CannotTravelError(payload.why_not_json([args, kwargs]))
-            known = payload.known_task(function)
+            known, args, kwargs = payload.known_task(function), [*task.args], {**task.kwargs}
+        reason = payload.why_not_json(args) or payload.why_not_json(kwargs)
+        if reason is not None:
+            raise CannotTravelError(reason)
         if known is None:
             path, queue = payload.path_of(function), queue_name(engine, self._pool)
             return self._signed(path, args, kwargs, locale, queue)

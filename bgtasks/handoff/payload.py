@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import Context
 from datetime import timedelta, tzinfo
@@ -34,6 +34,10 @@ from bgtasks.exceptions import PayloadError
 SALT = "bgtasks.handoff"
 MAX_AGE = timedelta(days=7)  # of a payload: it is not run if the engine takes longer
 JSON_TYPES = (str, int, float, bool, types.NoneType)  # what comes out of JSON as it went in
+DEPTH_MAX = 100  # lists and dictionaries in each other; Python's reader and writer of JSON are recursive
+INT_BITS = 14_284  # of 4,300 digits: Python reads and writes no longer number by default
+TOO_DEEP = f"its arguments are nested more than {DEPTH_MAX} levels deep; pass text, or a key to look them up"
+TOO_LONG = "its arguments hold an int of more than 4300 digits; pass it as text, such as hex(number)"
 
 
 class CannotTravelError(Exception):
@@ -53,28 +57,30 @@ DEFAULT_LOCALE = Locale(None, None)
 # What can travel.
 
 
-def is_json(value: object) -> bool:
-    """Tell whether `value` comes out of JSON as it went in. A tuple would come out as a list."""
+def why_not_json(value: object, depth: int = DEPTH_MAX) -> str | None:
+    """Return what in `value` does not come out of JSON as it went in, and what to pass; None if all does.
+
+    No argument is shown. At most `depth` levels of lists and dictionaries are looked at: one more is a reason
+    to stay here, and so is a list that contains itself.
+    """
     kind = type(value)
+    if kind in JSON_TYPES:
+        return TOO_LONG if kind is int and cast(int, value).bit_length() > INT_BITS else None
+    if kind is not dict and kind is not list:  # a tuple would come out as a list
+        return _why_not_type(value)
+    if not depth:
+        return TOO_DEEP
+    items: Iterable[object] = cast("list[object]", value)
     if kind is dict:
-        items = cast("dict[object, object]", value).items()
-        return all(type(key) is str and is_json(item) for key, item in items)
-    if kind is list:
-        return all(map(is_json, cast("list[object]", value)))
-    return kind in JSON_TYPES
-
-
-def why_not_json(value: object) -> str:
-    """Return which type among the arguments cannot travel, and what to pass instead. No argument is shown."""
-    if type(value) is dict:
-        items = cast("dict[object, object]", value)
-        for key in items:
+        mapping = cast("dict[object, object]", value)
+        for key in mapping:
             if type(key) is not str:
                 return f"a dictionary in its arguments has a key of the type {_name_of(key)}, not a str"
-        return why_not_json([*items.values()])
-    if type(value) is list:
-        inner = cast("list[object]", value)
-        return why_not_json(next(item for item in inner if not is_json(item)))
+        items = mapping.values()
+    return next(filter(None, (why_not_json(item, depth - 1) for item in items)), None)
+
+
+def _why_not_type(value: object) -> str:
     if isinstance(value, models.Model):
         return f"its arguments hold a model instance, a {_name_of(value)}; pass its primary key"
     return (

@@ -29,6 +29,8 @@ POINTS_EACH = 75  # of the chart of one
 DROPS_MAX = 100  # rows of what a pool has dropped
 ENDED = tuple(outcome.label for outcome in Outcome)
 
+CAN_PROBE = os.name == "posix"  # elsewhere os.kill(pid, 0) is no question: on Windows it sends Ctrl-C
+
 # Caches that the processes of a site do not share.
 UNSHARED = {
     "django.core.cache.backends.locmem.LocMemCache": "local",
@@ -106,8 +108,8 @@ def _published(alias: str) -> list[Json]:
 
 
 def _is_gone(process: Json, place: str) -> bool:
-    """Tell whether `process` was killed. Of a process at another `place` than ours that cannot be told."""
-    if process["place"] != place:
+    """Tell whether `process` was killed. Of one at another `place` than ours that cannot be told."""
+    if process["place"] != place or not CAN_PROBE:
         return False
     try:
         os.kill(process["pid"], 0)

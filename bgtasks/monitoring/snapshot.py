@@ -80,7 +80,8 @@ def drainer_state(drainer: Drainer) -> str:
     """Return "running", "dead" if its thread has ended unasked, or "stopped"."""
     if not drainer.running:
         return "stopped"
-    return "running" if drainer.loop.is_alive() else "dead"
+    # With gevent there is no loop.
+    return "dead" if drainer.loop.thread is not None and not drainer.loop.is_alive() else "running"
 
 
 def _pool(slots: Slots, history: Sequence[Sample]) -> Json:

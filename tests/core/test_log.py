@@ -12,7 +12,7 @@ import pytest
 
 import bgtasks
 from bgtasks.core.figures import DropReason
-from bgtasks.core.log import indented, log, logger
+from bgtasks.core.log import counts_of, indented, log, logger
 from bgtasks.core.queue import TaskQueue
 from bgtasks.drops import DropLog
 from bgtasks.monitoring.watchdog import Watchdog
@@ -303,6 +303,23 @@ def test_handler_that_raises_loses_no_line(
     log(logging.ERROR, "task %r failed", "send-mail")
 
     assert ("task 'send-mail' failed" in capsys.readouterr().err) is last_resort
+
+
+def test_counts_of_names_are_bounded() -> None:
+    """The most frequent ones are told, and how many there are beside them."""
+    names = ["twice", *map(str, range(100_000)), "twice", "long" * 1000]
+
+    text = counts_of(names)
+
+    assert text.startswith("2 'twice', 1 '0', 1 '1', ")
+    assert text.endswith(", 1 '198', 99802 of other names")
+    assert len(text) < 3000
+
+
+def test_counts_of_few_names_are_whole() -> None:
+    """Each is told, and a long one is cut."""
+    assert counts_of([]) == ""
+    assert counts_of(["a", "b\n", "b\n", "x" * 101]) == f"2 'b\\n', 1 'a', 1 {'x' * 100!r}"
 
 
 def test_record_factory_that_raises_loses_no_line(capsys: pytest.CaptureFixture[str]) -> None:

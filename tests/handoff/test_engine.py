@@ -24,7 +24,7 @@ from bgtasks.handoff.engine import Fate, Receipt, backend, database_of, status_b
 from bgtasks.submission import make_task
 from tests import broker
 from tests.gate import BOUND
-from tests.handoff.worker import TASKS, empty_engines, engine_of, note, packed, ran, work
+from tests.handoff.worker import TASKS, empty_engines, engine_of, nested, note, packed, ran, work
 from tests.pool import Logs
 from tests.testapp import tasks
 from tests.testapp.models import Enqueued, Note
@@ -89,6 +89,12 @@ def local_function() -> Any:
 async def coroutine() -> None: ...
 
 
+def endless() -> list[Any]:
+    inner: list[Any] = []
+    inner += [inner, inner]
+    return inner
+
+
 class CallableObject:
     def __call__(self) -> None: ...
 
@@ -116,6 +122,9 @@ hidden, renamed = renamed, print
         (note, ([Note(text="x")],), "its arguments hold a model instance, a Note; pass its primary key"),
         (note, (timedelta(1),), "its arguments hold a timedelta, which does not come out of JSON"),
         (note, (translation.gettext_lazy("x"),), "its arguments hold a __proxy__, which does not come out"),
+        (note, ([10**4300],), "its arguments hold an int of more than 4300 digits; pass it as text"),
+        (note, (nested(3000),), "its arguments are nested more than 100 levels deep"),
+        (note, (endless(),), "its arguments are nested more than 100 levels deep"),
         (tasks.answer.using(queue_name="default"), ((1,),), "its arguments hold a tuple, which does not"),
     ],
 )
@@ -152,14 +161,16 @@ def test_a_function_of_the_main_script_cannot_travel(monkeypatch: pytest.MonkeyP
 
 
 def test_an_error_of_ours_while_packing_keeps_the_task_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever packing raises is logged with its traceback, and the task is run by a slot."""
+    """Whatever packing raises is logged with its traceback, once for each name, and a slot runs the task."""
 
     def broken(*args: Any) -> None:
         raise RuntimeError("ours")
 
     monkeypatch.setattr(payload, "locale_of", broken)
     with Logs() as logs:
-        assert packed(note) is None
+        engine = engine_of()
+        for _ in range(3):
+            assert engine.pack(make_task("name", note, (), {})) is None
 
     [line] = logs.of("task 'name' of pool 'default' could not be packed, and runs here")
     assert "RuntimeError: ours" in line
@@ -174,6 +185,13 @@ def test_the_names_that_are_told_apart_are_bounded(monkeypatch: pytest.MonkeyPat
             engine.pack(make_task(name, lambda: None, (), {}))
 
     assert len(logs.of("cannot be handed off")) == 1
+
+
+def test_the_longest_int_and_the_deepest_list_travel() -> None:
+    """Up to there Python reads what it has written: the worker gets them as they were."""
+    [text] = packed(note, -(10**4299), nested(98)).args
+
+    assert payload.unsign(text)["a"] == [-(10**4299), nested(98)]
 
 
 def test_numbers_that_json_does_not_know_travel() -> None:

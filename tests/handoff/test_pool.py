@@ -1,6 +1,7 @@
 """Pools with HANDOFF_TO: what becomes of their tasks, and mistakes in the settings."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,11 +18,14 @@ from django.test import override_settings
 import bgtasks
 from bgtasks import conf
 from bgtasks.core.figures import Outcome
+from bgtasks.core.task import Task
+from bgtasks.handoff.engine import Engine
 from bgtasks.pools import pools
 from tests import broker
 from tests.engines import Ends
 from tests.gate import BOUND, Gate
-from tests.handoff.worker import TASKS, empty_engines, note, ran, work
+from tests.handoff.worker import TASKS, empty_engines, nested, note, ran, work
+from tests.pool import Logs
 from tests.testapp import tasks
 from tests.testapp.models import Enqueued
 
@@ -69,6 +73,53 @@ def test_always_makes_the_pool_the_outbox_of_the_engine(alias: str) -> None:
         assert ran == ["here"]
         assert bgtasks.stats()["default"].handed_off == 5
         assert Enqueued.objects.count() + len(broker.enqueued) == 5
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("alias", ["table", "broker"])
+@pytest.mark.parametrize(
+    "argument", [10**5000, nested(3000), [[None] * 100_000, object()]], ids=["long", "deep", "large"]
+)
+def test_what_cannot_be_packed_is_packed_once_and_holds_nobody_up(
+    argument: Any, alias: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mover looks at each such task once, says so once for their name, and goes on with the others."""
+    monkeypatch.setattr("bgtasks.handoff.mover.PAUSE", 0.0)  # it looks again whenever it is asked to
+    packed: list[Task] = []
+    pack = Engine.pack
+
+    def pack_and_note(engine: Engine, task: Task) -> Any:
+        packed.append(task)
+        return pack(engine, task)
+
+    monkeypatch.setattr(Engine, "pack", pack_and_note)
+    options = {"CAPACITY": 8, "CONN_MAX": 2, "HANDOFF_TO": alias}
+    with override_settings(BGTASKS={"default": options}), Ends() as ends, Gate() as gate, Logs() as logs:
+        bgtasks.spawn("held", gate)
+        gate.wait_entered()
+        for _ in range(6):
+            bgtasks.spawn("odd", note, argument)
+        for number in range(10):
+            bgtasks.spawn("note", note, number)
+            ends.wait(Outcome.HANDED_OFF, number + 1)
+        gate.open()
+        assert bgtasks.drain(BOUND)
+
+        assert Counter(task.name for task in packed) == {"odd": 6, "note": 10}
+        assert ran == [[[argument], {}]] * 6
+        assert len(logs.of("task 'odd'")) == 1
+
+
+@pytest.mark.django_db(transaction=True)
+def test_an_enqueued_task_with_arguments_nested_too_deep_stays() -> None:
+    """They are JSON, but what an engine and its worker make of them is left to nobody's recursion limit."""
+    with override_settings(BGTASKS={"default": {"HANDOFF_TO": "broker", "HANDOFF_WHEN": "always"}}):
+        tasks.noop.enqueue(nested(200))
+        bgtasks.spawn("note", note, 1)
+        assert bgtasks.drain(BOUND)
+
+        stats = bgtasks.stats()["default"]
+        assert (stats.handed_off, stats.succeeded, stats.handoff_failures) == (1, 1, 0)
 
 
 @pytest.mark.django_db(transaction=True)

@@ -50,6 +50,14 @@ def return_coroutine(what: str) -> Any:
     return anote(what)
 
 
+def nested(depth: int) -> list[Any]:
+    """Return lists in each other, that many in one."""
+    inner: list[Any] = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
 def engine_of(alias: str = "table", pool: str = "default") -> Engine:
     """Return an engine for tests that need no pool."""
     return Engine(alias, pool, DjangoHooks(None))

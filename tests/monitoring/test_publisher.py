@@ -779,6 +779,19 @@ def test_overview_leaves_out_a_process_that_is_gone(
     assert len(overview.overview(pools)["processes"]) == number
 
 
+def test_overview_sends_no_signal_where_that_is_no_question(
+    cache: BaseCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, os.kill would send Ctrl-C to the process. It is shown as silent instead."""
+    publish(cache, other(place=pools.publisher.identity.place))
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, signum: killed.append(pid))
+    monkeypatch.setattr(overview, "CAN_PROBE", False)
+
+    assert len(overview.overview(pools)["processes"]) == 2
+    assert killed == []
+
+
 def test_overview_does_not_read_snapshots_of_another_version(cache: BaseCache) -> None:
     """During a deployment, old and new processes do not confuse each other."""
     publish(cache, other(version=0))

@@ -7,4 +7,5 @@ urlpatterns = [
     path("spawn/", views.spawn),
     path("aspawn/", views.aspawn),
     path("busy/", views.busy),
+    path("rows/", views.rows),
 ]

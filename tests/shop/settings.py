@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 ENGINE = os.environ.get("SHOP_ENGINE", "pool")
+WHEN = os.environ.get("SHOP_WHEN", "always")  # or "overflow", or "never" if only jobs of its own go there
 VALKEY = os.environ.get("SHOP_VALKEY", "redis://127.0.0.1:1/0")
 
 SECRET_KEY = os.environ.get("SHOP_SECRET_KEY", "not a secret")
@@ -34,8 +35,8 @@ BGTASKS: dict[str, dict[str, Any]] = {
         "SHUTDOWN_TIMEOUT": float(os.environ.get("SHOP_SHUTDOWN_TIMEOUT", "8")),
     }
 }
-if ENGINE != "pool":
-    BGTASKS["default"] |= {"HANDOFF_TO": "engine", "HANDOFF_WHEN": os.environ.get("SHOP_WHEN", "always")}
+if ENGINE != "pool" and WHEN != "never":
+    BGTASKS["default"] |= {"HANDOFF_TO": "engine", "HANDOFF_WHEN": WHEN}
 
 if ENGINE == "db":
     INSTALLED_APPS += ["django_tasks_db"]
