@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, ParamSpec, overload
 
@@ -75,7 +75,7 @@ class Pool(Waitable):
     ) -> bool: ...
 
     @overload
-    def spawn(self, name: str, task: Coroutine[Any, Any, object], /) -> bool: ...
+    def spawn(self, name: str, task: Awaitable[object], /) -> bool: ...
 
     def spawn(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> bool:
         """Have `task` run in the background, and return at once.
@@ -86,7 +86,7 @@ class Pool(Waitable):
         Args:
             name: What the task is called in logs and figures. One name for each kind of task.
             task: A plain or ``async def`` function, a coroutine object, or a task made by
-                ``@django.tasks.task``.
+                ``@django.tasks.task``. Whatever awaitable a plain function returns is awaited.
             *args: Passed to `task`.
             **kwargs: Passed to `task`.
 
@@ -112,7 +112,7 @@ class Pool(Waitable):
     ) -> None: ...
 
     @overload
-    def spawn_on_commit(self, name: str, task: Coroutine[Any, Any, object], /) -> None: ...
+    def spawn_on_commit(self, name: str, task: Awaitable[object], /) -> None: ...
 
     def spawn_on_commit(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> None:
         """Spawn `task` once the surrounding transaction has committed, or at once if there is none.
@@ -139,7 +139,7 @@ class Pool(Waitable):
     ) -> None: ...
 
     @overload
-    async def aspawn_on_commit(self, name: str, task: Coroutine[Any, Any, object], /) -> None: ...
+    async def aspawn_on_commit(self, name: str, task: Awaitable[object], /) -> None: ...
 
     async def aspawn_on_commit(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> None:
         """Do as ``spawn_on_commit`` does, from async code.

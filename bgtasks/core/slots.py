@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future, InvalidStateError
 from contextvars import Context, copy_context
 from functools import partial
@@ -31,7 +31,7 @@ from bgtasks.core.loop import Loop
 from bgtasks.core.pace import Pace
 from bgtasks.core.places import Place, Seat
 from bgtasks.core.queue import TaskQueue
-from bgtasks.core.task import Hooks, Life, Task, current
+from bgtasks.core.task import GENERATORS, Hooks, Life, Task, as_coroutine, current
 
 STALE_AFTER = 1.0  # seconds of idleness after which a thread looks at its connections before it uses them
 BURST = 64  # asynchronous tasks that may end without ever waiting before their slot lets the loop go on
@@ -228,9 +228,10 @@ class Slot(Seat, Executor):
             hooks.started(task)
         try:
             result = task.call()
-            if result is not None and self._is_coroutine(task, result):
+            coroutine = None if result is None else self._coroutine(task, result)
+            if coroutine is not None:
                 hooks.leave()  # what it has opened on this thread does not go along
-                task.continue_with(cast(Any, result), copy_context(), hooks.capture())
+                task.continue_with(coroutine, copy_context(), hooks.capture())
                 return None
             outcome = Outcome.SUCCEEDED
         except BaseException as exception:
@@ -245,10 +246,11 @@ class Slot(Seat, Executor):
         return outcome
 
     @staticmethod
-    def _is_coroutine(task: Task, result: object) -> bool:
-        if inspect.isgenerator(result) or inspect.isasyncgen(result):
+    def _coroutine(task: Task, result: object) -> Coroutine[Any, Any, Any] | None:
+        coroutine = as_coroutine(result)
+        if coroutine is None and type(result) in GENERATORS:
             raise TypeError(f"task {task.name!r} returned a generator; its body would never run")
-        return inspect.iscoroutine(result)
+        return coroutine
 
     def _recover(self, error: BaseException) -> None:
         """Go on after an exception from outside: the task it has hit ends as failed, or as what it was."""
