@@ -327,6 +327,12 @@ class Pools(Waitable, Mapping[str, Pool]):
         self.drainer.accepting = False
         return await super().ashutdown(timeout)
 
+    async def aopen(self) -> None:
+        """Accept tasks again if all pools were shut down before. Their figures begin anew."""
+        if not self.drainer.accepting:
+            await self.ashutdown()  # it may be under way
+            self._build_anew()
+
     def divert(self, diverted: Diverted | None) -> Diverted | None:
         """Have `diverted` say where the tasks of all pools go, and return what did so far."""
         before, self.diverted = self.diverted, diverted
@@ -353,6 +359,9 @@ class Pools(Waitable, Mapping[str, Pool]):
     def restart(self) -> None:
         """Shut all pools down, and let them be built anew, from the settings of then, when they are used."""
         self.shutdown()
+        self._build_anew()
+
+    def _build_anew(self) -> None:
         for slots in self.built():
             self.drainer.remove(slots)  # of a pool that was built during the shutdown as well
         self.drainer.accepting = True
