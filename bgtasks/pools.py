@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, ParamSpec, overload
@@ -16,7 +15,6 @@ from bgtasks.building import Built, build, no_pool
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.figures import DropReason, PoolStats
 from bgtasks.core.lock import new_lock
-from bgtasks.core.log import log
 from bgtasks.core.places import State
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
@@ -272,7 +270,7 @@ class Pools(Waitable, Mapping[str, Pool]):
         self.diverted: Diverted | None = None  # in force for all pools, whatever their MODE; see divert
         self.publisher = Publisher(self.drainer, self.built)
         self.drainer.companions += [self.publisher, Watchdog(self.built)]
-        self._hooks = ProcessHooks(self.shutdown, self._start_drainer, self._after_fork_in_child)
+        self._hooks = ProcessHooks(self.shutdown, self.drainer.start, self._after_fork_in_child)
 
     def __repr__(self) -> str:
         return f"<Pools {', '.join(map(repr, self))}>"
@@ -355,15 +353,7 @@ class Pools(Waitable, Mapping[str, Pool]):
         self.publisher.configure()
         for pool in self.values():
             pool.build()
-        self._start_drainer()
-
-    def _start_drainer(self) -> None:
-        try:
-            self.drainer.start()
-        except Exception as error:
-            # The machine has no thread or no file descriptor left. Requests can be served all the same.
-            message = "the drainer could not be started; the next spawn tries again"
-            log(logging.ERROR, message, error=error)
+        self._hooks.start()
 
     def restart(self) -> None:
         """Shut all pools down, and let them be built anew, from the settings of then, when they are used."""

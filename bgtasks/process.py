@@ -123,6 +123,13 @@ class ProcessHooks:
         if hasattr(mod_wsgi, "subscribe_shutdown"):
             mod_wsgi.subscribe_shutdown(self._on_mod_wsgi_shutdown)
 
+    def start(self) -> None:
+        """Start the drainer. If that fails, requests can be served all the same."""
+        try:
+            self._start()
+        except Exception as error:  # the machine has no thread or no file descriptor left
+            log(logging.ERROR, "the drainer could not be started; the next spawn tries again", error=error)
+
     def _install_at_exit(self) -> None:
         """Have the pools shut down before anything else, as the interpreter begins to exit.
 
@@ -155,7 +162,7 @@ class ProcessHooks:
 
     def _on_uwsgi_fork(self, other_hook: Callable[[], object]) -> None:
         other_hook()
-        self._start()
+        self.start()
 
     def _on_mod_wsgi_shutdown(self, _event: str, **_payload: object) -> None:
         self._shutdown()

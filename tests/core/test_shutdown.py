@@ -348,6 +348,22 @@ class Command(BaseCommand):
         self.stdout.write("handled")
 
 
+def script_thread_that_goes_on() -> None:
+    def go_on() -> None:
+        wait_until(lambda: not pools.drainer.accepting)
+        say(bgtasks.spawn("late", print))
+
+    threading.Thread(target=go_on).start()
+
+
+def test_spawn_by_a_thread_after_the_main_thread_is_dropped() -> None:
+    """The pools shut down as the main thread returns. Later spawns are dropped, and warned of."""
+    done = run_script(script_thread_that_goes_on, env=SITE)
+
+    assert (done.returncode, done.stdout) == (0, "False\n")
+    assert done.stderr == "task 'late' dropped: pool 'default' is shut down\n"
+
+
 def script_command() -> None:
     call_command(Command())
 
