@@ -1,11 +1,12 @@
-"""The ASGI lifespan: on uvicorn it is the only word of a shutdown that a process gets."""
+"""The ASGI lifespan: on uvicorn it is the only way a process learns that it is shutting down."""
 
 from __future__ import annotations
 
-import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from bgtasks.core.log import log
 from bgtasks.pools import pools
 from bgtasks.process import lifespan as state
 
@@ -15,12 +16,22 @@ Send = Callable[[Message], Awaitable[None]]
 # Every library has its own types for the three arguments of an ASGI application.
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
+STARTUP = "lifespan.startup"
+STARTUP_COMPLETE = "lifespan.startup.complete"
+SHUTDOWN_COMPLETE = "lifespan.shutdown.complete"
+
+NOT_STARTED = (
+    "the application has failed at its startup (%s): a server that goes on all the same, as uvicorn does, "
+    "will not announce its shutdown, and tasks are lost then"
+)
+
 
 def lifespan(application: Application) -> Application:
     """Wrap an ASGI `application` so that the server's shutdown waits for background tasks.
 
-    An application that knows the lifespan protocol (Starlette) goes on getting it. For one that does not,
-    as Django up to 6.1, the wrapper answers.
+    A startup opens the pools again if there was a shutdown before. An application that knows the lifespan
+    protocol (Starlette) goes on getting it, and the server hears what it answers and raises. For one that
+    does not, as Django up to 6.1, the wrapper answers.
 
     >>> application = bgtasks.asgi.lifespan(get_asgi_application())
     """
@@ -28,7 +39,7 @@ def lifespan(application: Application) -> Application:
     async def wrapped(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             state.settled = True
-            await _Lifespan(application, scope, receive, send).run()
+            await _Lifespan(receive, send).run(application, scope)
         else:
             await application(scope, receive, send)
 
@@ -39,41 +50,56 @@ def lifespan(application: Application) -> Application:
 class _Lifespan:
     """One run of the lifespan protocol between a server and an application that may not answer."""
 
-    def __init__(
-        self, application: Application, scope: MutableMapping[str, Any], receive: Receive, send: Send
-    ) -> None:
-        self._application = application
-        self._scope = scope
+    def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._messages: asyncio.Queue[Message] = asyncio.Queue()  # for the application
-        self._answers: asyncio.Queue[Message] = asyncio.Queue()  # from the application
+        self._asked = ""  # the type of the server's last message
+        self._answers: list[str] = []  # the types of the answers so far
 
-    async def run(self) -> None:
-        """Pass the server's two messages on, and shut the pools down before the second one."""
-        inner = asyncio.create_task(self._run_application())
+    async def run(self, application: Application, scope: MutableMapping[str, Any]) -> None:
+        """Let `application` speak with the server, and go on for it if it ends early."""
+        ended_by: Exception | None = None
         try:
-            answer = await self._ask(inner, await self._receive())
-            await self._send(answer or {"type": "lifespan.startup.complete"})
-            if answer is not None and answer["type"] == "lifespan.startup.failed":
-                return
-            message = await self._receive()
+            await application(scope, self.receive, self.send)
+        except Exception as error:
+            if isinstance(error, ValueError) and not self._asked:
+                # So Django and Channels refuse a scope that they do not know. A failure comes later.
+                log(logging.INFO, "bgtasks answers the server's lifespan for the application: %r", error)
+            elif self._asked == STARTUP and self._answers == [STARTUP_COMPLETE]:
+                # To raise it now would end the protocol, and the server would not announce its shutdown.
+                log(logging.ERROR, "the application has ended between startup and shutdown", error=error)
+                ended_by = error
+            else:
+                if not self._answers:
+                    log(logging.WARNING, NOT_STARTED, type(error).__name__)
+                raise
+        await self._go_on()
+        if ended_by is not None:
+            raise ended_by
+        if self._answers == [STARTUP_COMPLETE]:
+            await self.send({"type": SHUTDOWN_COMPLETE})
+
+    async def receive(self) -> Message:
+        """Return the server's next message, once the pools are open for a startup, or shut down."""
+        message = await self._receive()
+        self._asked = message["type"]
+        if self._asked == STARTUP:
+            await pools.aopen()
+        else:
             # Before the application hears of it, and closes what tasks may use.
             await pools.ashutdown()
-            await self._send(await self._ask(inner, message) or {"type": "lifespan.shutdown.complete"})
-        finally:
-            inner.cancel()
-            await asyncio.gather(inner, return_exceptions=True)
+        return message
 
-    async def _run_application(self) -> None:
-        await self._application(self._scope, self._messages.get, self._answers.put)
+    async def send(self, message: Message) -> None:
+        """Pass an answer on to the server."""
+        self._answers.append(message["type"])
+        await self._send(message)
 
-    async def _ask(self, inner: asyncio.Task[None], message: Message) -> Message | None:
-        """Return the application's answer to `message`, or None if it has ended without one."""
-        await self._messages.put(message)
-        answer = asyncio.create_task(self._answers.get())
-        await asyncio.wait({inner, answer}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        answer.cancel()
-        return None
+    async def _go_on(self) -> None:
+        """Answer the startup, and wait for the shutdown, if the application has done neither."""
+        if not self._asked:
+            await self.receive()
+        if not self._answers:
+            await self.send({"type": STARTUP_COMPLETE})
+        if self._asked == STARTUP and self._answers[0] == STARTUP_COMPLETE:
+            await self.receive()

@@ -29,7 +29,7 @@ from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
 from bgtasks.core.queue import State
 from bgtasks.core.task import Task as QueuedTask
-from bgtasks.core.task import current_task
+from bgtasks.core.task import as_coroutine, current_task
 from bgtasks.exceptions import TaskDropped
 from bgtasks.hooks import Recorded, capture
 from bgtasks.pools import Pool, pools
@@ -209,8 +209,8 @@ class Job(Recorded):
             self._start()
             _send(task_started, self)
             value = self._call()
-            if inspect.iscoroutine(value):
-                value.close()
+            if (coroutine := as_coroutine(value)) is not None:
+                coroutine.close()  # no engine would await it either, and JSON has no form for it
             value = normalize_json(value)
         except BaseException as error:
             if self._fail(error):

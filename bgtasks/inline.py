@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Executor, Future
@@ -17,7 +16,7 @@ from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_
 
 from bgtasks.core.figures import Outcome
 from bgtasks.core.queue import TaskQueue
-from bgtasks.core.task import Hooks, Task, current
+from bgtasks.core.task import GENERATORS, Hooks, Task, as_coroutine, current
 
 
 def run(queue: TaskQueue, hooks: Hooks, task: Task) -> None:
@@ -63,8 +62,9 @@ def _call(hooks: Hooks, task: Task) -> None:
     error: BaseException | None = None
     try:
         result = task.call()
-        if inspect.iscoroutine(result):
-            _finish(hooks, task, result)
+        coroutine = as_coroutine(result)
+        if coroutine is not None:
+            _finish(hooks, task, coroutine)
         else:
             _refuse_generator(task, result)
     except BaseException as exception:
@@ -139,7 +139,7 @@ async def _tell_and_await(hooks: Hooks, task: Task) -> None:
 
 
 def _refuse_generator(task: Task, result: object) -> None:
-    if inspect.isgenerator(result) or inspect.isasyncgen(result):
+    if type(result) in GENERATORS:
         raise TypeError(f"task {task.name!r} returned a generator, of which nothing has run")
 
 

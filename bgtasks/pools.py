@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, ParamSpec, overload
 
@@ -79,7 +79,7 @@ class Pool(Waitable):
     ) -> bool: ...
 
     @overload
-    def spawn(self, name: str, task: Coroutine[Any, Any, object], /) -> bool: ...
+    def spawn(self, name: str, task: Awaitable[object], /) -> bool: ...
 
     def spawn(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> bool:
         """Have `task` run in the background, and return at once.
@@ -90,7 +90,7 @@ class Pool(Waitable):
         Args:
             name: What the task is called in logs and figures. One name for each kind of task.
             task: A plain or ``async def`` function, a coroutine object, or a task made by
-                ``@django.tasks.task``.
+                ``@django.tasks.task``. Whatever awaitable a plain function returns is awaited.
             *args: Passed to `task`.
             **kwargs: Passed to `task`.
 
@@ -116,7 +116,7 @@ class Pool(Waitable):
     ) -> None: ...
 
     @overload
-    def spawn_on_commit(self, name: str, task: Coroutine[Any, Any, object], /) -> None: ...
+    def spawn_on_commit(self, name: str, task: Awaitable[object], /) -> None: ...
 
     def spawn_on_commit(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> None:
         """Spawn `task` once the surrounding transaction has committed, or at once if there is none.
@@ -143,7 +143,7 @@ class Pool(Waitable):
     ) -> None: ...
 
     @overload
-    async def aspawn_on_commit(self, name: str, task: Coroutine[Any, Any, object], /) -> None: ...
+    async def aspawn_on_commit(self, name: str, task: Awaitable[object], /) -> None: ...
 
     async def aspawn_on_commit(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> None:
         """Do as ``spawn_on_commit`` does, from async code.
@@ -338,6 +338,12 @@ class Pools(Waitable, Mapping[str, Pool]):
         self.drainer.accepting = False
         return await super().ashutdown(timeout)
 
+    async def aopen(self) -> None:
+        """Accept tasks again if all pools were shut down before. Their figures begin anew."""
+        if not self.drainer.accepting:
+            await self.ashutdown()  # it may be under way
+            self._build_anew()
+
     def divert(self, diverted: Diverted | None) -> Diverted | None:
         """Have `diverted` say where the tasks of all pools go, and return what did so far."""
         before, self.diverted = self.diverted, diverted
@@ -352,18 +358,20 @@ class Pools(Waitable, Mapping[str, Pool]):
 
         Raises:
             InvalidSettings: BGTASKS has a mistake.
-            RuntimeError: The machine has no thread left.
         """
         # Before a fork the last one comes first: the drainer stops the publisher's thread as well.
         self._hooks.install(self.publisher, self._forks)
         self.publisher.configure()
         for pool in self.values():
             pool.build()
-        self.drainer.start()
+        self._hooks.start()
 
     def restart(self) -> None:
         """Shut all pools down, and let them be built anew, from the settings of then, when they are used."""
         self.shutdown()
+        self._build_anew()
+
+    def _build_anew(self) -> None:
         for slots in self.built():
             self.drainer.remove(slots)  # of a pool that was built during the shutdown as well
         self.drainer.accepting = True

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -153,13 +152,7 @@ class ProcessHooks:
                 os.register_at_fork(before=each.before_fork, after_in_parent=each.after_fork_in_parent)
             os.register_at_fork(after_in_child=self._on_fork_in_child)
         self._listen_to_celery()
-        # At atexit time sync_to_async and to_thread fail already. The hooks of threading run before, newest
-        # first, so ours has to come after that of concurrent.futures, which ends the executors.
-        importlib.import_module("concurrent.futures.thread")
-        register: Callable[[Callable[[], object]], object] = getattr(
-            threading, "_register_atexit", atexit.register
-        )
-        register(self._on_exit)
+        self._install_at_exit()
         if not has_forked():
             # With its threads from the start, a worker is not caught by a signal while it starts them. If
             # somebody replaces this hook, the worker's first spawn starts them.
@@ -170,6 +163,31 @@ class ProcessHooks:
         mod_wsgi: Any = sys.modules.get("mod_wsgi")
         if hasattr(mod_wsgi, "subscribe_shutdown"):
             mod_wsgi.subscribe_shutdown(self._on_mod_wsgi_shutdown)
+
+    def start(self) -> None:
+        """Start the drainer. If that fails, requests can be served all the same."""
+        try:
+            self._start()
+        except Exception as error:  # the machine has no thread or no file descriptor left
+            log(logging.ERROR, "the drainer could not be started; the next spawn tries again", error=error)
+
+    def _install_at_exit(self) -> None:
+        """Have the pools shut down before anything else, as the interpreter begins to exit.
+
+        At atexit time sync_to_async and to_thread fail already. Before that, the interpreter calls
+        ``threading._shutdown``. Its own hooks run newest first, and that of concurrent.futures.process, which
+        ends process pools, is newer than any of ours: it is registered when a task imports that module.
+        """
+        module: Any = threading
+        shut_down_threading: Callable[[], object] = getattr(module, "_shutdown", lambda: None)
+
+        def shut_down() -> None:
+            self._on_exit()
+            atexit.unregister(self._on_exit)
+            shut_down_threading()
+
+        module._shutdown = shut_down
+        atexit.register(self._on_exit)  # if nobody calls that, or somebody replaces it, as gevent does
 
     def _on_exit(self) -> None:
         try:
@@ -201,7 +219,7 @@ class ProcessHooks:
 
     def _on_uwsgi_fork(self, other_hook: Callable[[], object]) -> None:
         other_hook()
-        self._start()
+        self.start()
 
     def _on_mod_wsgi_shutdown(self, _event: str, **_payload: object) -> None:
         self._shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable
 from contextvars import copy_context
@@ -11,7 +12,7 @@ from types import FunctionType
 from typing import Any, ParamSpec, Protocol
 
 from bgtasks import django_tasks
-from bgtasks.core.task import Task
+from bgtasks.core.task import Task, as_coroutine
 from bgtasks.hooks import capture
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -39,10 +40,12 @@ def make_task(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         name = _plain_name(name, task)
     try:
         flags = task.__code__.co_flags
-    except AttributeError:
+    except Exception:
+        flags = None  # it is no function, or has a ``__getattr__`` that raises
+    if type(flags) is not int:  # a proxy has every attribute
         task, asynchronous = _resolve(name, task, args, kwargs)
     else:
-        if flags & _GENERATOR:
+        if flags & _GENERATOR and not flags & inspect.CO_ITERABLE_COROUTINE:
             raise TypeError(
                 f"task {name!r} is a generator function; calling it only creates a generator, "
                 "and its body would never run"
@@ -58,28 +61,47 @@ def is_function(name: object, task: Any) -> bool:
 
 def _plain_name(name: object, task: object) -> str:
     if not isinstance(name, str):
-        if inspect.iscoroutine(task):
-            task.close()
+        _close(task)
         raise TypeError(f"the name of a task must be a str, not {name!r}")
     return str.__str__(name)  # of a StrEnum or a SafeString
 
 
+def _close(task: object) -> None:
+    """Close a coroutine object that will not run, so that Python does not warn of it."""
+    if not callable(task) and (coroutine := as_coroutine(task)) is not None:
+        coroutine.close()
+
+
 def _resolve(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
     """Return what to run of a `task` that is no function, and whether it is asynchronous."""
-    if inspect.iscoroutine(task):
-        if args or kwargs:
-            task.close()
-            raise TypeError(f"task {name!r} is a coroutine object, which takes no arguments")
-        return task, True
     if django_tasks.is_task(task):
         function = partial(django_tasks.call_with_context, task) if task.takes_context else task.func
         return function, inspect.iscoroutinefunction(task.func)
-    if not callable(task):
+    if callable(task):
+        return task, _is_asynchronous(task)
+    if asyncio.isfuture(task):
+        raise TypeError(
+            f"task {name!r} is {task!r}, which runs on the event loop that it was made on; "
+            "pass the function itself and its arguments, not the result of calling it"
+        )
+    coroutine = as_coroutine(task)
+    if coroutine is None:
         raise TypeError(
             f"task {name!r} is {task!r}, which cannot be called; "
             "pass the function itself and its arguments, not the result of calling it"
         )
-    return task, inspect.iscoroutinefunction(task) or inspect.iscoroutinefunction(type(task).__call__)
+    if args or kwargs:
+        coroutine.close()
+        raise TypeError(f"task {name!r} is a coroutine object, which takes no arguments")
+    return coroutine, True
+
+
+def _is_asynchronous(task: Any) -> bool:
+    """Tell whether a callable is known to return an awaitable. Every result is looked at all the same."""
+    try:
+        return inspect.iscoroutinefunction(task) or inspect.iscoroutinefunction(type(task).__call__)
+    except Exception:
+        return False  # its ``__getattr__`` raises
 
 
 class OnCommit:

@@ -93,8 +93,8 @@ class Call:
         try:
             signature = inspect.signature(self.task)
             mine, theirs = signature.bind(*self.args, **self.kwargs), signature.bind(*args, **kwargs)
-        except (TypeError, ValueError):
-            return False
+        except Exception:
+            return False  # what was spawned has no signature, or raises when it is asked for one
         mine.apply_defaults()
         theirs.apply_defaults()
         return mine == theirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
@@ -16,6 +17,7 @@ from time import monotonic
 from bgtasks.building import Built
 from bgtasks.core.drain import DrainWaiter
 from bgtasks.core.drainer import Drainer
+from bgtasks.core.log import log
 from bgtasks.core.shutdown import shut_down
 from bgtasks.core.task import current_task
 
@@ -96,10 +98,24 @@ class Waitable(ABC):
         return shut_down(plan) == 0
 
     async def ashutdown(self, timeout: float | None = None) -> bool:
-        """Do as ``shutdown`` does, without blocking the event loop."""
+        """Do as ``shutdown`` does, without blocking the event loop.
+
+        If the machine has no thread left, it blocks the loop after all: nothing that was accepted is lost
+        without a report.
+
+        Raises:
+            RuntimeError: The machine has no thread left, and this is the drainer's loop.
+        """
         for part in self.parts():
             part.slots.queue.close()
-        return await asyncio.wrap_future(_on_new_thread(partial(self.shutdown, timeout)))
+        try:
+            ended = _on_new_thread(partial(self.shutdown, timeout))
+        except RuntimeError as error:
+            if self.drainer.is_own_thread():
+                raise  # it would wait for itself; the shutdown at exit reports what is left
+            log(logging.ERROR, "no thread for the shutdown, which blocks the event loop", error=error)
+            return self.shutdown(timeout)
+        return await asyncio.wrap_future(ended)
 
     @contextlib.contextmanager
     def _waiters(self, tell: Callable[[], object]) -> Generator[list[DrainWaiter], None, None]:

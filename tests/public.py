@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -110,3 +111,13 @@ def refuse_threads(monkeypatch: pytest.MonkeyPatch, refused: Any = lambda: None)
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("bgtasks.core.drainer._thread.start_new_thread", start_new_thread)
+
+
+@contextmanager
+def no_threads() -> Iterator[None]:
+    """Let no thread start: there is no memory for such a stack."""
+    before = threading.stack_size(1 << 60)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)

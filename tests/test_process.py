@@ -17,6 +17,7 @@ import bgtasks
 from bgtasks import process
 from bgtasks.process import lifespan
 from tests.gate import BOUND, Gate
+from tests.processes import run_python
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +38,27 @@ def unsettled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture)
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
     return warnings
+
+
+SETUP_WITHOUT_THREADS = """
+import threading
+threading.stack_size(1 << 60)  # there is no memory for such a stack
+import django
+django.setup()
+threading.stack_size(0)
+import bgtasks
+print(bgtasks.spawn("task", print, "ran"), bgtasks.drain(10))
+"""
+
+
+def test_site_starts_if_the_drainer_cannot() -> None:
+    """A machine without a free thread serves requests; the log says so, and the next spawn tries again."""
+    done = run_python(SETUP_WITHOUT_THREADS)
+
+    assert (done.returncode, done.stdout) == (0, "ran\nTrue True\n")
+    first, *_, last = done.stderr.splitlines()
+    assert first == "the drainer could not be started; the next spawn tries again"
+    assert last == "  RuntimeError: can't start new thread"
 
 
 MISSING = (

@@ -420,6 +420,17 @@ def test_drain_that_gunicorn_aborts_is_reported(row: Any, tmp_path: Path) -> Non
 # What ends without a word to anybody: what is lost, and that it is.
 
 
+@on(gunicorn_uvicorn_worker=Row(GUNICORN + "--max-requests 3 --timeout 5 " + UVICORN_WORKER + ASGI))
+def test_drain_that_outlasts_the_timeout_of_a_uvicorn_worker_loses_tasks(row: Any, tmp_path: Path) -> None:
+    """A worker that drains does not tell gunicorn that it lives, and this one does not handle the SIGABRT."""
+    with Site(row.command, tmp_path, measured=False) as site:
+        site.spawn_everywhere(row.workers)
+        site.wait_line("shuts its pools down")
+        site.wait_line("was sent SIGABRT")
+
+        assert site.account() == (0, 0), site.output
+
+
 @on(
     gunicorn_graceful_timeout=Row(GUNICORN + "--graceful-timeout 1 " + WSGI),
     runserver_reload_ctrl_c=Row(RUNSERVER, signum=signal.SIGINT),

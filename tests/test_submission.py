@@ -6,6 +6,7 @@ import enum
 import gc
 import logging
 import time
+import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -17,6 +18,7 @@ from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections, transaction
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, Client, TestCase, override_settings
+from django.utils.functional import SimpleLazyObject
 from django.utils.safestring import mark_safe
 from pytest_django import Settings
 
@@ -75,6 +77,64 @@ class AsyncCallable:
         ran.append(value)
 
 
+class Awaitable:
+    """Can be awaited, and is no coroutine: as a query of an ORM that is lazy."""
+
+    def __init__(self, ran: list[Any], *, value: Any) -> None:
+        self._coroutine = coroutine_function(ran, value=value)
+
+    def __await__(self) -> Any:
+        return self._coroutine.__await__()
+
+
+class CallableAwaitable(Awaitable):
+    def __call__(self) -> None:
+        pytest.fail("it was called")  # pragma: no cover  # it is what must not happen
+
+
+class OtherCoroutine(Awaitable):
+    """Has the methods of a coroutine, and is none of Python's own: as those of aiohttp, Cython and mypyc."""
+
+    def send(self, value: Any) -> Any:
+        return self._coroutine.send(value)  # pragma: no cover  # who awaits it need not call this
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine.throw(*error)  # pragma: no cover  # as above
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+
+@types.coroutine
+def old_coroutine_function(ran: list[Any], *, value: Any) -> Any:
+    yield from asyncio.sleep(0).__await__()
+    ran.append(value)
+
+
+class Proxy:
+    """Has every attribute, each of which can be called: as a method of ``xmlrpc.client.ServerProxy``."""
+
+    def __init__(self, name: str = "") -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> "Proxy":
+        return Proxy(name)
+
+    def __call__(self, ran: list[Any], *, value: Any) -> None:
+        assert self._name == "remote"
+        ran.append(value)
+
+
+class Unready:
+    """Raises for any attribute that it does not have: as an object whose set-up is not done."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ZeroDivisionError(name)
+
+    def __call__(self, ran: list[Any], *, value: Any) -> None:
+        ran.append(value)
+
+
 PLAIN = {
     "function": function,
     "method": CallableObject().method,
@@ -82,6 +142,15 @@ PLAIN = {
     "partial": partial(function),
     "callable object": CallableObject(),
     "lambda returning a coroutine": lambda ran, *, value: coroutine_function(ran, value=value),
+    "lambda returning an awaitable": lambda ran, *, value: Awaitable(ran, value=value),
+    "lambda returning an awaitable that can be called": lambda ran, *, value: CallableAwaitable(
+        ran, value=value
+    ),
+    "lambda returning another coroutine": lambda ran, *, value: OtherCoroutine(ran, value=value),
+    "class of an awaitable": Awaitable,
+    "generator-based coroutine": old_coroutine_function,
+    "proxy": Proxy().remote,
+    "object whose attributes raise": Unready(),
 }
 
 
@@ -108,14 +177,62 @@ def test_spawn_runs_every_kind_of_callable(task: Any) -> None:
     assert bgtasks.stats()["default"].succeeded == 1
 
 
-def test_spawn_runs_a_coroutine_object() -> None:
-    """A coroutine object is awaited to its end."""
+OBJECTS = [coroutine_function, OtherCoroutine, Awaitable, old_coroutine_function]
+
+
+@pytest.mark.parametrize("make", OBJECTS)
+def test_spawn_runs_a_coroutine_object(make: Any) -> None:
+    """A coroutine object is awaited to its end, and so is whatever else can be awaited."""
     ran: list[Any] = []
 
-    assert bgtasks.spawn("task", coroutine_function(ran, value=7))
+    assert bgtasks.spawn("task", make(ran, value=7))
     assert bgtasks.drain(BOUND)
 
     assert ran == [7]
+    assert make_task("task", make, (ran,), {"value": 7}).asynchronous is (make is coroutine_function)
+
+
+def test_spawn_awaits_a_request_of_aiohttp() -> None:
+    """`session.get` is a plain function, and returns an object that sends the request when it is awaited."""
+    aiohttp = pytest.importorskip("aiohttp")
+    ran: list[Any] = []
+    sessions: list[Any] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ran.append((await reader.readline()).split()[1])
+        writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async def open_session() -> None:
+        sessions.append(aiohttp.ClientSession())
+
+    async def main() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            bgtasks.spawn("open", open_session)
+            await bgtasks.adrain(BOUND)
+            bgtasks.spawn("ping", sessions[0].get, f"http://{host}:{port}/0")
+            bgtasks.spawn("ping", lambda: sessions[0].get(f"http://{host}:{port}/1"))
+            bgtasks.spawn("ping", sessions[0].get(f"http://{host}:{port}/2"))
+            await bgtasks.adrain(BOUND)
+            bgtasks.spawn("close", sessions[0].close)
+            await bgtasks.adrain(BOUND)
+
+    asyncio.run(main())
+
+    assert sorted(ran) == [b"/0", b"/1", b"/2"]
+    assert bgtasks.stats()["default"].failed == 0
+
+
+def test_result_that_is_lazy_is_not_evaluated() -> None:
+    """To look whether the result of a task can be awaited does not, say, query the database for it."""
+    evaluated: list[Any] = []
+
+    bgtasks.spawn("task", SimpleLazyObject, partial(evaluated.append, 7))
+    bgtasks.drain(BOUND)
+
+    assert evaluated == []
+    assert bgtasks.stats()["default"].succeeded == 1
 
 
 def test_spawn_runs_a_builtin() -> None:
@@ -221,6 +338,23 @@ def test_task_that_cannot_be_called_is_a_type_error(task: Any) -> None:
     )
 
 
+def test_future_of_another_loop_is_a_type_error() -> None:
+    """What `asyncio.create_task` returns runs already, and the drainer's loop could not wait for it."""
+
+    async def main() -> None:
+        task = asyncio.create_task(asyncio.sleep(0))
+        with pytest.raises(TypeError) as raised:
+            bgtasks.spawn("ping", task)
+        await task
+
+        assert str(raised.value).startswith("task 'ping' is <Task pending")
+        assert "which runs on the event loop that it was made on; pass the function itself" in str(
+            raised.value
+        )
+
+    asyncio.run(main())
+
+
 def generator() -> Iterator[None]:
     yield  # pragma: no cover  # nothing of it may run
 
@@ -239,6 +373,19 @@ def test_generator_function_is_a_type_error(task: Any) -> None:
         "task 'report' is a generator function; calling it only creates a generator, "
         "and its body would never run"
     )
+
+
+@pytest.mark.parametrize("make", [Awaitable, OtherCoroutine])
+def test_awaitable_object_with_arguments_is_a_type_error(make: Any) -> None:
+    """So it is of other objects that can be awaited."""
+    task = make([], value=7)
+
+    with pytest.raises(TypeError, match="'ping' is a coroutine object, which takes no arguments"):
+        bgtasks.spawn("ping", task, 7)
+    with pytest.raises(TypeError, match="the name of a task must be a str"):
+        cast(Any, bgtasks.spawn)(7, task)
+
+    task._coroutine.close()
 
 
 @pytest.mark.parametrize(("args", "kwargs"), [((7,), {}), ((), {"value": 7})])

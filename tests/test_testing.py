@@ -33,6 +33,16 @@ def returns_a_coroutine(name: str) -> Any:
     return acreate(name)
 
 
+class Awaitable:
+    """Can be awaited, and is no coroutine."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __await__(self) -> Any:
+        return acreate(self._name).__await__()
+
+
 def generates() -> Iterator[None]:
     yield
 
@@ -64,7 +74,9 @@ def test_inline_runs_each_kind_of_task_inside_the_transaction() -> None:
         assert bgtasks.spawn("async", acreate, "b")
         assert bgtasks.spawn("coroutine", acreate("c"))
         assert bgtasks.spawn("goes on", returns_a_coroutine, "d")
-        assert names() == ["a", "b", "c", "d"]
+        assert bgtasks.spawn("goes on", Awaitable, "e")
+        assert bgtasks.spawn("awaitable", Awaitable("f"))
+        assert names() == ["a", "b", "c", "d", "e", "f"]
         transaction.set_rollback(True)
 
     assert names() == []
@@ -79,12 +91,13 @@ def test_inline_runs_each_kind_of_task_from_async_code() -> None:
             assert bgtasks.spawn("sync", create, "a")
             assert bgtasks.spawn("async", acreate, "b")
             assert bgtasks.spawn("goes on", returns_a_coroutine, "c")
-        assert await User.objects.acount() == 3
+            assert bgtasks.spawn("goes on", Awaitable, "d")
+        assert await User.objects.acount() == 4
 
     asyncio_thread = async_to_sync(view, force_new_loop=True)
     asyncio_thread()
 
-    assert names() == ["a", "b", "c"]
+    assert names() == ["a", "b", "c", "d"]
 
 
 def test_inline_uses_asgirefs_thread_where_no_sync_code_waits() -> None:
@@ -241,6 +254,23 @@ def test_assert_spawned_does_not_mind_how_an_argument_is_passed() -> None:
     tasks.assert_spawned("send", pk=7, language="en")
     with pytest.raises(AssertionError):
         tasks.assert_spawned("send", 7, 8, 9)
+
+
+def test_assert_spawned_finds_what_has_no_signature() -> None:
+    """A callable that raises whatever is asked of it is compared by the arguments as they were passed."""
+
+    class Unready:
+        def __getattr__(self, name: str) -> Any:
+            raise ZeroDivisionError(name)
+
+        def __call__(self, pk: int) -> None: ...
+
+    with testing.captured() as tasks:
+        bgtasks.spawn("send", Unready(), 7)
+
+    tasks.assert_spawned("send", 7)
+    with pytest.raises(AssertionError):
+        tasks.assert_spawned("send", 8)
 
 
 def test_assert_spawned_that_fails_shows_the_line_of_the_test() -> None:

@@ -25,6 +25,7 @@ from tests.public import (
     heard,
     is_closed,
     never,
+    no_threads,
     shutting_down,
     site,
     warned,
@@ -459,6 +460,53 @@ def test_ashutdown_does_not_block_the_loop_of_its_view() -> None:
 
     assert response.json() == {"complete": True}
     assert bgtasks.spawn("late", print) is False
+
+
+def test_ashutdown_without_a_thread_runs_what_was_accepted(caplog: pytest.LogCaptureFixture) -> None:
+    """If no thread can be had, the shutdown is done on the caller's, and the log says so."""
+
+    def open_gate() -> None:
+        wait_until(lambda: not pools.drainer.accepting)
+        gate.open()
+
+    with ThreadPoolExecutor(1) as executor, full(pools.default) as gate:
+        opening = executor.submit(open_gate)
+        with no_threads():
+            assert asyncio.run(bgtasks.ashutdown()) is True
+        opening.result(BOUND)
+
+    assert bgtasks.stats()["default"].succeeded == 6
+    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.getMessage() == "no thread for the shutdown, which blocks the event loop"
+    assert bgtasks.spawn("late", print) is False
+
+
+def test_ashutdown_without_a_thread_reports_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    """What does not end in time is cancelled and named, as with a thread."""
+    with full(pools.default), no_threads():
+        assert asyncio.run(bgtasks.ashutdown(0)) is False
+
+    assert "pool 'default' was shut down with 6 tasks cancelled: 4 'waits', 2 'held'" in warned(caplog)
+
+
+def test_ashutdown_without_a_thread_on_the_drainers_loop_is_an_error() -> None:
+    """There it would wait for itself. The task fails, and a later shutdown is complete."""
+
+    async def shut_down() -> None:
+        try:
+            with no_threads():
+                await bgtasks.ashutdown()
+        except RuntimeError as error:
+            errors.append(str(error))
+            raise
+
+    errors: list[str] = []
+    bgtasks.spawn("shutdown", shut_down)
+    bgtasks.drain(BOUND)
+
+    assert errors == ["can't start new thread"]
+    assert bgtasks.stats()["default"].failed == 1
+    assert bgtasks.shutdown() is True
 
 
 def test_ashutdown_raises_what_the_shutdown_raises(monkeypatch: pytest.MonkeyPatch) -> None:

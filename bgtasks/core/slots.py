@@ -12,12 +12,11 @@ A coroutine that needs nothing of the thread is begun, run and concluded on the 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Context, copy_context
 from functools import partial
 from time import monotonic
@@ -29,7 +28,7 @@ from bgtasks.core.log import log
 from bgtasks.core.loop import Loop
 from bgtasks.core.pace import Pace
 from bgtasks.core.queue import Place, SlotState, TaskQueue
-from bgtasks.core.task import Hooks, Task, current
+from bgtasks.core.task import GENERATORS, Hooks, Task, as_coroutine, current
 
 STALE_AFTER = 1.0  # seconds of idleness after which a thread looks at its connections before it uses them
 BURST = 64  # coroutines that may end without ever waiting before their slot lets the loop go on
@@ -143,24 +142,23 @@ class Slot(SlotState):
         """Call the task inside its context; None if there is a coroutine to go on with."""
         hooks = self.pool.hooks
         error: BaseException | None = None
-        result: Any = None
+        coroutine: Coroutine[Any, Any, Any] | None = None
         self._enter(task)
         try:
             if hooks.watched():
                 task.watched = True
                 hooks.started(task)
             result = task.call()
-            if result is not None and self._is_coroutine(task, result):
-                if not self.pool.loop.may_run():
-                    raise RuntimeError(f"task {task.name!r} returned a coroutine, and no loop can run it")
-                task.function, task.asynchronous, self.calls.used = result, True, True
+            coroutine = None if result is None else self._coroutine(task, result)
+            if coroutine is not None:
+                task.function, task.asynchronous, self.calls.used = coroutine, True, True
                 self._leave_for_other_thread(task)
                 return None
             outcome = Outcome.SUCCEEDED
         except BaseException as exception:
             outcome, error = Outcome.FAILED, exception
-            if inspect.iscoroutine(result):
-                result.close()  # an exception from outside has come before the task could go on as it
+            if coroutine is not None:
+                coroutine.close()  # an exception from outside has come before the task could go on as it
         self._conclude(task, outcome, error)
         del error  # its traceback refers to this frame, and this frame to it
         return outcome
@@ -174,11 +172,14 @@ class Slot(SlotState):
         task.context, task.captured = copy_context(), self.pool.hooks.capture()
         self.pool.hooks.leave()
 
-    @staticmethod
-    def _is_coroutine(task: Task, result: object) -> bool:
-        if inspect.isgenerator(result) or inspect.isasyncgen(result):
+    def _coroutine(self, task: Task, result: object) -> Coroutine[Any, Any, Any] | None:
+        coroutine = as_coroutine(result)
+        if coroutine is not None and not self.pool.loop.may_run():
+            coroutine.close()
+            raise RuntimeError(f"task {task.name!r} returned a coroutine, and no loop can run it")
+        if coroutine is None and type(result) in GENERATORS:
             raise TypeError(f"task {task.name!r} returned a generator; its body would never run")
-        return inspect.iscoroutine(result)
+        return coroutine
 
     def _conclude_coroutine(self, task: Task) -> Outcome:
         outcome, error = cast("tuple[Outcome, BaseException | None]", self._ended)

@@ -7,12 +7,14 @@ import enum
 import inspect
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
+from inspect import CO_ITERABLE_COROUTINE
 from time import monotonic
-from typing import Any
+from types import AsyncGeneratorType, GeneratorType
+from typing import Any, cast
 
 from bgtasks.core.figures import BOUNDS, NameFigures, Outcome
 
@@ -105,6 +107,24 @@ class Task:
         begun = inspect.iscoroutine(function) and inspect.getcoroutinestate(function) != inspect.CORO_CREATED
         if not callable(function) and not begun:
             function.close()
+
+
+GENERATORS = {GeneratorType, AsyncGeneratorType}  # their bodies have not run, and nobody will run them
+
+
+def as_coroutine(result: object) -> Coroutine[Any, Any, Any] | None:
+    """Return what to await of a function's `result`; None if it is not awaitable."""
+    kind = cast(Any, type(result))  # isinstance would evaluate a lazy object
+    if not hasattr(kind, "__await__"):
+        old = kind is GeneratorType and cast(Any, result).gi_code.co_flags & CO_ITERABLE_COROUTINE
+        return _wait_for(cast(Any, result)) if old else None
+    if issubclass(kind, Coroutine) and not callable(result):  # or `Task.call` would call it
+        return cast(Coroutine[Any, Any, Any], result)
+    return _wait_for(cast(Any, result))
+
+
+async def _wait_for(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
 
 
 # The task in which the current code runs. Weak, since it lies in the context that the task itself holds.

@@ -15,7 +15,7 @@ from contextvars import Context
 from datetime import timedelta, tzinfo
 from datetime import timezone as fixed_timezone
 from functools import partial
-from inspect import iscoroutine, iscoroutinefunction
+from inspect import iscoroutinefunction
 from typing import Any, NamedTuple, cast
 from zoneinfo import ZoneInfo
 
@@ -27,7 +27,7 @@ from django.utils import timezone, translation
 from django.utils.module_loading import import_string
 
 from bgtasks.core.log import escaped
-from bgtasks.core.task import Hooks, Task
+from bgtasks.core.task import Hooks, Task, as_coroutine
 from bgtasks.django_tasks import call_with_context, is_task
 from bgtasks.exceptions import PayloadError
 
@@ -102,9 +102,11 @@ def known_task(function: Any) -> Any | None:
 
 
 def _find(function: Any) -> Any:
-    """Return what lies where `function` says it is defined."""
-    module = sys.modules.get(getattr(function, "__module__", None) or "")
-    return getattr(module, getattr(function, "__qualname__", ""), None)
+    """Return what lies where `function` says it is defined; None if it has no name, as most objects."""
+    if not isinstance(function, types.FunctionType | types.BuiltinFunctionType):
+        return None
+    module = sys.modules.get(function.__module__ or "")
+    return getattr(module, function.__qualname__, None)
 
 
 def path_of(function: Any) -> str:
@@ -113,7 +115,7 @@ def path_of(function: Any) -> str:
     Raises:
         CannotTravelError: There is none.
     """
-    if iscoroutine(function):
+    if not callable(function):
         raise CannotTravelError("it is a coroutine object; pass the function and its arguments")
     if not isinstance(function, types.FunctionType | types.BuiltinFunctionType):
         raise CannotTravelError(f"it is a {type(function).__qualname__}, not a function of a module")
@@ -223,8 +225,8 @@ def run(context: Any, text: str) -> Any:
             value = async_to_sync(function)(*args, **kwargs)
         else:
             value = function(*args, **kwargs)
-            if iscoroutine(value):
-                value = async_to_sync(_await)(value)
+            if (coroutine := as_coroutine(value)) is not None:
+                value = async_to_sync(_await)(coroutine)
     return value if returns else None
 
 

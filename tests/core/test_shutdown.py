@@ -5,6 +5,8 @@ wrote and the lines it printed.
 """
 
 import asyncio
+import importlib
+import multiprocessing
 import os
 import re
 import signal
@@ -12,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +43,14 @@ def rows() -> Any:
 def gate_until_exit() -> Any:
     """Return a gate that opens when the interpreter begins to exit, just before bgtasks hears of it."""
     gate = Gate()
-    vars(threading)["_register_atexit"](gate.open)  # these hooks run in reverse order
+    module: Any = threading
+    shut_down = module._shutdown  # ours, called as the exit begins
+
+    def open_and_shut_down() -> None:
+        gate.open()
+        shut_down()
+
+    module._shutdown = open_and_shut_down
     return gate
 
 
@@ -156,6 +166,65 @@ def test_tasks_at_exit_may_use_threads(script: Any) -> None:
 
     assert done.stderr == ""
     assert done.stdout == "ran\n"
+
+
+def in_process_pool() -> None:
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1) as executor:
+        say(executor.submit(abs, -7).result(BOUND))
+
+
+def script_process_pool() -> None:
+    hold_slots()
+    bgtasks.spawn("task", in_process_pool)
+
+
+def script_process_pool_used_before() -> None:
+    in_process_pool()
+    script_process_pool()
+
+
+def script_process_pool_imported_while_a_task_runs() -> None:
+    hold_slots()
+    bgtasks.spawn("task", in_process_pool)
+    importlib.import_module("concurrent.futures.process")
+
+
+def script_multiprocessing_pool() -> None:
+    def task() -> None:
+        with multiprocessing.Pool(1) as pool:
+            say(pool.map(abs, [-7])[0])
+
+    hold_slots()
+    bgtasks.spawn("task", task)
+
+
+def script_own_hook() -> None:
+    """Use a library that ends its executor in a hook that was registered after ours."""
+    executor = ThreadPoolExecutor(1)
+    vars(threading)["_register_atexit"](executor.shutdown)
+    hold_slots()
+    bgtasks.spawn("task", lambda: say(executor.submit(abs, -7).result(BOUND)))
+
+
+@starts_threads_at_exit
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (script_process_pool, 1),
+        (script_process_pool_used_before, 2),
+        (script_process_pool_imported_while_a_task_runs, 1),
+        (script_multiprocessing_pool, 1),
+        (script_own_hook, 1),
+    ],
+)
+def test_tasks_at_exit_may_use_processes(script: Any, number: int) -> None:
+    """Whatever ends its executors at exit does so after the tasks, whenever it was imported."""
+    done = run_script(script, env={**SITE, "PYTHONWARNINGS": "error,ignore::DeprecationWarning"})
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == ["7"] * number
 
 
 def script_out_of_time() -> None:
@@ -277,6 +346,22 @@ class Command(BaseCommand):
         hold_slots()
         spawn_rows()
         self.stdout.write("handled")
+
+
+def script_thread_that_goes_on() -> None:
+    def go_on() -> None:
+        wait_until(lambda: not pools.drainer.accepting)
+        say(bgtasks.spawn("late", print))
+
+    threading.Thread(target=go_on).start()
+
+
+def test_spawn_by_a_thread_after_the_main_thread_is_dropped() -> None:
+    """The pools shut down as the main thread returns. Later spawns are dropped, and warned of."""
+    done = run_script(script_thread_that_goes_on, env=SITE)
+
+    assert (done.returncode, done.stdout) == (0, "False\n")
+    assert done.stderr == "task 'late' dropped: pool 'default' is shut down\n"
 
 
 def script_command() -> None:
@@ -434,12 +519,14 @@ def test_exit_of_an_idle_process_is_silent() -> None:
 
 @pytest.mark.django_db(transaction=True)
 def test_exit_without_the_hooks_of_threading() -> None:
-    """Without the private hook of threading, and without forks to register for, atexit has to do."""
+    """Without the private function of threading, and without forks to register for, atexit has to do."""
     done = run_python(
         "import concurrent.futures.thread, multiprocessing.util, os, random, threading\n"
         "import asgiref.sync, psycopg_pool, logging, weakref\n"
-        "del threading._register_atexit, os.register_at_fork\n"
+        "del os.register_at_fork\n"
+        "shut_down = threading._shutdown\n"
         "import django; django.setup()\n"
+        "threading._shutdown = shut_down\n"
         "from tests.core.test_shutdown import script_spawn_last\n"
         "script_spawn_last()\n"
     )

@@ -25,6 +25,7 @@ from tests.handoff.worker import (
     note_locale,
     packed,
     ran,
+    return_awaitable,
     return_coroutine,
 )
 from tests.testapp import tasks
@@ -94,11 +95,11 @@ def test_a_django_task_with_a_language_travels_in_the_generic_one() -> None:
 
 
 def test_a_payload_runs_its_function() -> None:
-    """Plain, async, and one that returns a coroutine. What they return is nobody's."""
-    for function, args in ((note, [1]), (anote, [2]), (return_coroutine, [3])):
+    """Plain, async, and one that returns what can be awaited. What they return is nobody's."""
+    for function, args in ((note, [1]), (anote, [2]), (return_coroutine, [3]), (return_awaitable, [4])):
         assert payload.run(None, packed(function, *args).args[0]) is None
 
-    assert ran == [[[1], {}], 2, 3]
+    assert ran == [[[1], {}], 2, 3, 4]
 
 
 PAYLOAD: dict[str, Any] = {"f": "tests.handoff.worker.note", "a": [], "k": {}, "l": None, "z": None}

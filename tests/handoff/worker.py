@@ -58,6 +58,18 @@ def nested(depth: int) -> list[Any]:
     return inner
 
 
+class Awaitable:
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __await__(self) -> Any:
+        return anote(self._what).__await__()
+
+
+def return_awaitable(what: str) -> Any:
+    return Awaitable(what)
+
+
 def engine_of(alias: str = "table", pool: str = "default") -> Engine:
     """Return an engine for tests that need no pool."""
     return Engine(alias, pool, DjangoHooks(None))
