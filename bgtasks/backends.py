@@ -25,13 +25,14 @@ from django.apps import apps
 from django.core import checks
 
 from bgtasks import conf
+from bgtasks import context as task_context
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
 from bgtasks.core.places import State
 from bgtasks.core.task import Task as QueuedTask
 from bgtasks.core.task import current_task
 from bgtasks.exceptions import TaskDropped
-from bgtasks.hooks import Recorded, capture
+from bgtasks.hooks import Recorded
 from bgtasks.pools import Pool, pools
 
 if django.VERSION < (6, 0):
@@ -180,7 +181,7 @@ class PoolBackend(BaseTaskBackend):
             {},
             inspect.iscoroutinefunction(task.func),
             copy_context(),
-            capture(),
+            task_context.capture(),
         )
         # Before a slot begins it: the caller gets READY, however fast they are.
         enqueued = snapshot(job.result)

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import Context
-from datetime import tzinfo
 from functools import partial
-from threading import get_ident
 from time import monotonic, time
 from typing import Any, ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
 
@@ -21,8 +19,8 @@ from django.core.cache import caches
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.dispatch import Signal
-from django.utils import timezone, translation
 
+from bgtasks import context as task_context
 from bgtasks import shortcuts
 from bgtasks.core.figures import DropReason, Outcome
 from bgtasks.core.log import log
@@ -38,42 +36,6 @@ FRAMES = 30  # the innermost frames of a traceback that are kept of each excepti
 TEXT_MAX = 4000  # characters of a traceback that are kept: the end of it, which says what happened
 
 NOT_RUN = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF})  # outcomes of which a task does not know itself
-
-# What a copied context carries of the spawner's thread, by the names of asgiref's context variables:
-# thread-tagged storage (it holds the request's cache connections, which sync_to_async would bring to life
-# again inside the task) and the executor on which the request runs its thread-sensitive calls.
-THREAD_BOUND = frozenset(
-    {"asgiref.local", "async_single_thread_context", "deadlock_context", "thread_sensitive_context"}
-)
-
-
-class Scope(NamedTuple):
-    """The language and time zone that are active where a task is spawned.
-
-    Django keeps both in asgiref's ``Local``, which tags its data with a thread: in a copied context they
-    are invisible on any other, and a French user's mail would go out in English.
-    """
-
-    language: str | None
-    time_zone: tzinfo
-
-    @classmethod
-    def capture(cls) -> Scope:
-        """Return the scope of the caller."""
-        return cls(translation.get_language(), timezone.get_current_timezone())
-
-    def activate(self) -> None:
-        """Make it the scope of the caller."""
-        if self.language is None:
-            translation.deactivate_all()
-        else:
-            translation.activate(self.language)
-        timezone.activate(self.time_zone)
-
-
-# Called where a task is spawned. Returns what ``DjangoHooks.enter`` needs beside a copy of the context: the
-# thread with which asgiref has tagged the language and time zone in there, or else these two themselves.
-capture: Callable[[], object] = get_ident if shortcuts.UNDERSTANDS_LOCAL else Scope.capture
 
 
 def close_connections() -> None:
@@ -211,23 +173,11 @@ class DjangoHooks(Hooks):
 
     def capture(self) -> object:
         """Return what ``enter`` needs beside a copy of the caller's context."""
-        return capture()
+        return task_context.capture()
 
     def enter(self, context: Context, captured: object) -> None:
-        """Fill the task's empty context: the spawner's variables, and its language and time zone.
-
-        What else is bound to the spawner's thread stays behind. `context` is a copy of the spawner's, and
-        `captured` what ``capture`` returned there.
-        """
-        language, time_zone = shortcuts.scope_variables() if shortcuts.UNDERSTANDS_LOCAL else (None, None)
-        for variable, value in context.items():
-            if variable.name not in THREAD_BOUND:
-                variable.set(value)
-            # Data with another thread's tag was not the spawner's: it had only inherited it.
-            elif (variable is language or variable is time_zone) and value.thread_id == captured:
-                variable.set(shortcuts.moved(value))
-        if isinstance(captured, Scope):
-            captured.activate()
+        """Fill the task's empty context. See ``bgtasks.context.enter``."""
+        task_context.enter(context, captured)
 
     def leave(self) -> None:
         """Close the cache connections of the task's context, as Django does after a request."""

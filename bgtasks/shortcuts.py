@@ -30,6 +30,7 @@ from asgiref.sync import SyncToAsync, ThreadSensitiveContext
 from django.core.cache import caches
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.urls import base as urls
 from django.utils import timezone
 from django.utils.translation import trans_real
 
@@ -38,9 +39,11 @@ _caches: Any = caches
 _connections: Any = connections
 _timezone: Any = timezone
 _translation: Any = trans_real
+_urls: Any = urls
 
 
-# Language and time zone. Django keeps them in asgiref's Local, whose data is tagged with a thread.
+# Language, time zone, script prefix and URL configuration. Django keeps them in asgiref's Local, whose data
+# is tagged with a thread.
 
 
 def moved(stored: Any) -> Any:
@@ -48,10 +51,15 @@ def moved(stored: Any) -> Any:
     return type(stored)(get_ident(), stored.data)
 
 
-def scope_variables() -> tuple[Any, Any]:
-    """Return the context variables in which the language and the time zone are."""
+def scope_variables() -> tuple[Any, ...]:
+    """Return the context variables in which the language, time zone, script prefix and urlconf are."""
     # Looked up anew each time, since ``override_settings`` replaces Django's Locals.
-    return _translation._active._storage._data, _timezone._active._storage._data
+    return (
+        _translation._active._storage._data,
+        _timezone._active._storage._data,
+        _urls._prefixes._storage._data,
+        _urls._urlconfs._storage._data,
+    )
 
 
 def _understands_local() -> bool:
@@ -62,6 +70,7 @@ def _understands_local() -> bool:
         local.value = "moved"
         variable = local._storage._data
         stored = variable.get()
+        scope_variables()
         elsewhere = Context()
         elsewhere.run(variable.set, moved(stored))
         return bool(stored.thread_id == get_ident() and elsewhere.run(getattr, local, "value") == "moved")

@@ -10,9 +10,8 @@ from time import monotonic
 from types import FunctionType
 from typing import Any, ParamSpec, Protocol
 
-from bgtasks import django_tasks
+from bgtasks import context, django_tasks
 from bgtasks.core.task import Task
-from bgtasks.hooks import capture
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _COROUTINE = inspect.CO_COROUTINE
@@ -48,7 +47,7 @@ def make_task(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any
                 "and its body would never run"
             )
         asynchronous = flags & _COROUTINE != 0
-    return Task(name, task, args, kwargs, asynchronous, copy_context(), capture())
+    return Task(name, task, args, kwargs, asynchronous, copy_context(), context.capture())
 
 
 def is_function(name: object, task: Any) -> bool:
