@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import traceback
 from abc import ABC, abstractmethod
@@ -16,12 +15,10 @@ from time import monotonic, time
 from typing import Any, ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from django.core.cache import caches
-from django.db import connections
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.dispatch import Signal
 
 from bgtasks import context as task_context
-from bgtasks import shortcuts
+from bgtasks import database, shortcuts
 from bgtasks.core.figures import DropReason, Outcome
 from bgtasks.core.log import log
 from bgtasks.core.task import Hooks, Task
@@ -36,19 +33,6 @@ FRAMES = 30  # the innermost frames of a traceback that are kept of each excepti
 TEXT_MAX = 4000  # characters of a traceback that are kept: the end of it, which says what happened
 
 NOT_RUN = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF})  # outcomes of which a task does not know itself
-
-
-def close_connections() -> None:
-    """Close the database connections of this thread."""
-    for connection in shortcuts.open_connections():
-        try:
-            connection.close()
-            if connection.connection is not None and not connection.in_atomic_block:
-                # SQLite in memory, as in tests, where Django's own close() does nothing, so as not to lose
-                # the data. Those of a test are kept by the connection of the thread that runs it.
-                BaseDatabaseWrapper.close(connection)
-        except Exception as error:
-            log(logging.ERROR, "connection %r could not be closed", connection.alias, error=error)
 
 
 class Tracer(Protocol):
@@ -90,7 +74,7 @@ def _call_and_close(fn: Callable[[], T]) -> T:
     try:
         return fn()
     finally:
-        close_connections()
+        database.close()
 
 
 class Recorded(ABC):
@@ -196,29 +180,12 @@ class DjangoHooks(Hooks):
     # The connections of a slot's thread.
 
     def clean(self) -> None:
-        """Leave each database connection of this thread as Django leaves it between two requests.
-
-        Like the receivers of ``request_started`` and ``request_finished``: a pooled connection goes back to
-        its pool, one past its CONN_MAX_AGE or in an error is closed. One that a task has left inside an
-        atomic block is thrown away, or all tasks after it would write into a transaction that never ends.
-        """
-        for connection in shortcuts.open_connections():
-            try:
-                connection.queries_log.clear()
-                if connection.in_atomic_block:
-                    connection.close()
-                    del connections[connection.alias]
-                else:
-                    connection.close_if_unusable_or_obsolete()
-            except Exception as error:
-                log(logging.ERROR, "connection %r could not be reset", connection.alias, error=error)
-                with contextlib.suppress(Exception):
-                    connection.close()  # or its pool would miss it for ever
-                del connections[connection.alias]
+        """Leave each database connection of this thread as Django leaves it between two requests."""
+        database.clean()
 
     def close(self) -> None:
         """Close the database connections of this thread."""
-        close_connections()
+        database.close()
 
     # The signals.
 

@@ -24,12 +24,11 @@ from urllib.parse import quote
 
 from django.core.cache import BaseCache, caches
 
-from bgtasks import conf
+from bgtasks import conf, database
 from bgtasks.core.drainer import FORK_PATIENCE, STOP_PATIENCE, Drainer
 from bgtasks.core.figures import PoolStats
 from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
-from bgtasks.hooks import close_connections
 from bgtasks.monitoring import snapshot
 from bgtasks.monitoring.thread import BackgroundThread
 
@@ -140,7 +139,7 @@ class Publisher(BackgroundThread):
                 self._complain("the snapshot could not be published", error)
             finally:
                 # The connection of a database cache is nothing to keep between two beats.
-                close_connections()
+                database.close()
         return busy
 
     def _remember(self, now: float) -> None:
@@ -214,7 +213,7 @@ class Publisher(BackgroundThread):
                 cache.close()
         except Exception as error:
             self._complain("a cache could not be closed", error)
-        close_connections()
+        database.close()
 
     def _complain(self, what: str, error: BaseException | None) -> None:
         if monotonic() - self._complained_at >= COMPLAIN_INTERVAL:
