@@ -1,4 +1,7 @@
-"""The database connections of a thread: as Django leaves them between two requests, whatever a task has done."""
+"""The database connections of a thread, and of a forked child.
+
+After a task they are as Django leaves them between two requests, whatever the task has done.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from django.utils.functional import cached_property
 
 from bgtasks import shortcuts
 from bgtasks.core.log import log
+from bgtasks.core.task import current_task
 
 # Attributes of a connection that Django itself writes: in all backends, and in one of them when it is in use.
 DJANGOS_OWN = vars(DummyWrapper({})).keys() | {
@@ -20,6 +24,9 @@ DJANGOS_OWN = vars(DummyWrapper({})).keys() | {
     *("init_commands", "transaction_mode"),  # SQLite
     *("operators", "pattern_ops"),  # Oracle
 }
+
+# What a forked child has of its parent's. It must neither use it nor close it: the parent does use it.
+_inherited: list[object] = []
 
 IN_TRANSACTION = frozenset({1, 2, 3})  # libpq's statuses ACTIVE, INTRANS and INERROR
 
@@ -61,6 +68,20 @@ def clean() -> None:
             with contextlib.suppress(Exception):
                 connection.close()  # or its pool would miss it for ever
             del connections[connection.alias]
+
+
+def let_go_of_inherited() -> None:
+    """Forget, in a forked child, the parent's connection pools, and the connections that must not be shared.
+
+    Those are the ones of the pools and, if a task has forked, all of its slot. Whether another thread may
+    share its connection with a child is not for us to say.
+    """
+    forked_by_task = current_task() is not None
+    for connection in shortcuts.open_connections():
+        if forked_by_task or connection.settings_dict["OPTIONS"].get("pool"):
+            _inherited.append(connection)
+            del connections[connection.alias]
+    _inherited.extend(shortcuts.take_connection_pools())
 
 
 def _discard(connection: BaseDatabaseWrapper) -> None:

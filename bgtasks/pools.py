@@ -10,7 +10,7 @@ from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import transaction
 
-from bgtasks import conf
+from bgtasks import conf, database
 from bgtasks.building import Built, build, no_pool
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.figures import DropReason, PoolStats
@@ -361,6 +361,7 @@ class Pools(Waitable, Mapping[str, Pool]):
 
     def _after_fork_in_child(self) -> None:
         self._adding = new_lock()
+        database.let_go_of_inherited()
         self.drainer.after_fork_in_child()
         for pool in self._handles:
             pool.forget()

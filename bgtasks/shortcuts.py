@@ -11,19 +11,22 @@ short cut             the way through public names                gain
 ``has_caches``        ``caches.all()``                            2.4 µs a task
 ====================  ==========================================  =============================
 
+``take_connection_pools`` has no other way: Django can only close a pool, and a forked child must not.
+
 Where something private has changed, the public names are used. That is found out by a try: for the first two
 as this module is imported, for the others at each call.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from contextvars import Context
 from threading import get_ident
-from typing import Any
+from typing import Any, cast
 
 from asgiref.local import Local
 from asgiref.sync import SyncToAsync, ThreadSensitiveContext
@@ -163,6 +166,18 @@ def open_connections() -> list[BaseDatabaseWrapper]:
     except (AttributeError, TypeError):
         return list(connections.all(initialized_only=True))
     return [connection for connection in mine.values() if isinstance(connection, BaseDatabaseWrapper)]
+
+
+def take_connection_pools() -> list[object]:
+    """Empty Django's registries of connection pools, close none, and return them. Django makes new ones."""
+    pools: list[object] = []
+    for vendor in ("postgresql", "oracle"):
+        base: Any = sys.modules.get(f"django.db.backends.{vendor}.base")
+        registry = getattr(getattr(base, "DatabaseWrapper", None), "_connection_pools", None)
+        if isinstance(registry, dict):
+            pools += cast("dict[str, object]", registry).values()
+            registry.clear()
+    return pools
 
 
 def has_caches() -> bool:

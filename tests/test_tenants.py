@@ -1,6 +1,6 @@
 """django-tenants: what a task does to the tenant of its connection stays with that task.
 
-Each `script_...` runs in an interpreter of its own, with the site of tests/tenants and the server of the tests.
+Each `script_...` runs in an interpreter of its own, with the site of tests/tenants on the tests' server.
 """
 
 from collections.abc import Callable
