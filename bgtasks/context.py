@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
 from datetime import tzinfo
+from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
 from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
 from django.utils import timezone, translation
 
-from bgtasks import shortcuts
+from bgtasks import propagators, shortcuts
 from bgtasks.core.log import log
+from bgtasks.propagators import Carried, Propagator
 
 # What a copied context carries of the spawner's thread, by the names of asgiref's context variables:
 # thread-tagged storage (it holds the request's cache connections, which sync_to_async would bring to life
 # again inside the task) and the executor on which the request runs its thread-sensitive calls.
 THREAD_BOUND = frozenset(
-    {"asgiref.local", "async_single_thread_context", "deadlock_context", "thread_sensitive_context"}
+    {
+        *("asgiref.local", "async_single_thread_context", "deadlock_context", "thread_sensitive_context"),
+        propagators.restored.name,  # by the task that spawns this one
+    }
 )
 
 # Objects that are changed in place: a copied context refers to the very same ones, so each task gets copies.
@@ -68,20 +73,94 @@ class Scope(NamedTuple):
         set_urlconf(self.urlconf)
 
 
-# Called where a task is spawned. Returns what ``enter`` needs beside a copy of the context: the thread with
-# which asgiref has tagged the scope in there, or else the scope itself.
-capture: Callable[[], object] = get_ident if shortcuts.UNDERSTANDS_LOCAL else Scope.capture
+# Captured in place of all else if a propagator has raised: the task is to be dropped.
+FAILED = object()
+
+
+class Captured(NamedTuple):
+    """What is captured where a task is spawned, if the project has propagators."""
+
+    scope: object
+    carried: list[Carried]
+
+
+def _capture_first() -> object:
+    """Find out whether the project has propagators, and capture.
+
+    Raises:
+        InvalidSettings: BGTASKS_PROPAGATORS has a mistake.
+    """
+    global capture
+    found = propagators.load()
+    capture = partial(_capture_all, found) if found else capture_scope
+    return capture()
+
+
+def _capture_all(found: Sequence[tuple[str, Propagator]]) -> object:
+    carried = propagators.capture(found)
+    return FAILED if carried is None else Captured(capture_scope(), carried)
+
+
+# Returns the thread with which asgiref has tagged the scope in the current context, or else the scope itself.
+capture_scope: Callable[[], object] = get_ident if shortcuts.UNDERSTANDS_LOCAL else Scope.capture
+
+# Called where a task is spawned. Returns what ``enter`` needs beside a copy of the context.
+capture: Callable[[], object] = _capture_first
+
+
+def forget_propagators() -> None:
+    """Look at BGTASKS_PROPAGATORS anew with the next spawn."""
+    global capture
+    capture = _capture_first
 
 
 def enter(context: Context, captured: object) -> None:
-    """Fill the current context, an empty one, with the spawner's variables and scope.
+    """Make the current context, an empty one, that of a task; or have it follow the task to this thread.
 
-    What else is bound to the spawner's thread stays behind.
+    Around a coroutine that has propagators, it is called on the slot's thread, where these are entered, and
+    then on the loop's. So is ``leave``, first on the loop's.
 
     Args:
         context: A copy of the spawner's context.
         captured: What ``capture`` returned there.
+
+    Raises:
+        BaseException: What a propagator has raised: the task has failed.
     """
+    if propagators.restored.get() is not None:
+        _follow(captured)
+        return
+    fill(context, captured)
+    if isinstance(captured, Captured):
+        propagators.enter(captured.carried)
+    elif captured is FAILED:
+        raise RuntimeError("a propagator could not capture its value")
+
+
+def leave() -> None:
+    """Leave the propagators of the task, if this is the thread on which they were entered."""
+    restored = propagators.restored.get()
+    if restored is not None and restored.thread == get_ident():
+        _follow(None)
+        propagators.leave()
+
+
+def _follow(captured: object) -> None:
+    """Make what the task's context has in ``Local`` data visible on this thread."""
+    if shortcuts.UNDERSTANDS_LOCAL:
+        for variable, value in copy_context().items():
+            if variable.name == "asgiref.local":
+                variable.set(shortcuts.moved(value))
+    elif isinstance(captured, Captured) and isinstance(captured.scope, Scope):
+        captured.scope.activate()
+
+
+def fill(context: Context, captured: object) -> None:
+    """Fill the current context, an empty one, with the spawner's variables and scope.
+
+    What else is bound to the spawner's thread stays behind. Propagators are left out.
+    """
+    tag = captured.scope if isinstance(captured, Captured) else captured
     scope = shortcuts.scope_variables() if shortcuts.UNDERSTANDS_LOCAL else ()
     for variable, value in context.items():
         name = variable.name
@@ -90,10 +169,10 @@ def enter(context: Context, captured: object) -> None:
         elif name in FORKED:
             variable.set(_forked(name, value))
         # Data with another thread's tag was not the spawner's: it had only inherited it.
-        elif variable in scope and value.thread_id == captured:
+        elif variable in scope and value.thread_id == tag:
             variable.set(shortcuts.moved(value))
-    if isinstance(captured, Scope):
-        captured.activate()
+    if isinstance(tag, Scope):
+        tag.activate()
 
 
 def fork() -> None:

@@ -85,6 +85,7 @@ class DropLog:
         why = {
             DropReason.FULL: f"pool {queue.pool!r} is full (capacity {queue.capacity})",
             DropReason.SHUTDOWN: f"pool {queue.pool!r} is shut down",
+            DropReason.PROPAGATOR: "a propagator could not capture its value",
             DropReason.NO_THREAD: f"pool {queue.pool!r} cannot start a thread",
         }[reason]
         args: tuple[object, ...] = (name, why) if count == 1 else (name, count, why)

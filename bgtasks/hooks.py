@@ -160,11 +160,19 @@ class DjangoHooks(Hooks):
         return task_context.capture()
 
     def enter(self, context: Context, captured: object) -> None:
-        """Fill the task's empty context. See ``bgtasks.context.enter``."""
+        """Make the current context that of a task. See ``bgtasks.context.enter``."""
         task_context.enter(context, captured)
 
+    def needs_thread(self, task: Task) -> bool:
+        """Tell whether an asynchronous `task` has propagators, which the slot's thread enters and leaves."""
+        return isinstance(task.captured, task_context.Captured)
+
     def leave(self) -> None:
-        """Close the cache connections of the task's context, as Django does after a request."""
+        """Leave the propagators, and close the cache connections of the task's context.
+
+        Django does so with the latter after a request.
+        """
+        task_context.leave()
         if not shortcuts.has_caches():
             return
         for cache in caches.all(initialized_only=True):

@@ -14,7 +14,7 @@ from typing import Any
 from asgiref.current_thread_executor import CurrentThreadExecutor
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 
-from bgtasks.context import fork
+from bgtasks.context import fill, fork
 from bgtasks.core.figures import Outcome
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import Hooks, Task, current
@@ -93,7 +93,7 @@ def _start(
     ended: Future[None] = Future()
 
     def call() -> None:
-        hooks.enter(task.context, task.captured)
+        fill(task.context, task.captured)  # propagators restore what the caller has
         current.set(weakref.ref(task))
         asyncio.run(_on_new_loop(hooks, task, executor, coroutine))
 

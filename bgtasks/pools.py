@@ -12,6 +12,7 @@ from django.db import transaction
 
 from bgtasks import conf, database
 from bgtasks.building import Built, build, no_pool
+from bgtasks.context import FAILED
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.figures import DropReason, PoolStats
 from bgtasks.core.lock import new_lock
@@ -160,6 +161,9 @@ class Pool(Waitable):
 
     def _submit(self, task: Task) -> bool:
         slots = self.slots or self._build_for(task)
+        if task.captured is FAILED:
+            task.discard()
+            return self._refuse(task.name, DropReason.PROPAGATOR)
         if self._divert is not None:
             return self._divert(self, task)
         if task.spawned_at >= lifespan.look_at:
@@ -189,12 +193,12 @@ class Pool(Waitable):
             task.discard()
             raise
 
-    def _refuse(self, name: str) -> bool:
-        """Drop a task called `name`, which was not even made."""
+    def _refuse(self, name: str, why: DropReason = DropReason.FULL) -> bool:
+        """Drop a task called `name`, which was not even made, or cannot be run."""
         slots = self.build().slots
         if task_spawned.receivers:
             self.hooks.spawned(name)
-        reason = slots.queue.refuse(name)
+        reason = slots.queue.refuse(name, why)
         if slots.look is not None:
             slots.look()
         if DjangoHooks.tracer is not None:

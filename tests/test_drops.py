@@ -239,16 +239,17 @@ def test_first_drop_is_warned_of_at_once(drops: DropLog, logs: Logs) -> None:
 @pytest.mark.parametrize(
     ("reason", "why"),
     [
-        (DropReason.FULL, "is full (capacity 5)"),
-        (DropReason.SHUTDOWN, "is shut down"),
-        (DropReason.NO_THREAD, "cannot start a thread"),
+        (DropReason.FULL, "pool 'mail' is full (capacity 5)"),
+        (DropReason.SHUTDOWN, "pool 'mail' is shut down"),
+        (DropReason.NO_THREAD, "pool 'mail' cannot start a thread"),
+        (DropReason.PROPAGATOR, "a propagator could not capture its value"),
     ],
 )
 def test_warning_says_why(drops: DropLog, logs: Logs, reason: Any, why: Any) -> None:
     """Each reason has its words, and is in the record for a machine."""
     drops.note("send-mail", reason)
 
-    assert logs.lines == [f"task 'send-mail' dropped: pool 'mail' {why}"]
+    assert logs.lines == [f"task 'send-mail' dropped: {why}"]
     record = logs.records[0]
     assert (record.task, record.pool, record.reason) == ("send-mail", "mail", reason.value)
     assert record.queue_length == 0

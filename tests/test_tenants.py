@@ -3,6 +3,8 @@
 Each `script_...` runs in an interpreter of its own, with the site of tests/tenants on the tests' server.
 """
 
+import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -98,3 +100,92 @@ def script_leave_a_tenant() -> Any:
 def test_next_task_is_not_in_the_tenant_of_the_last(site: None, connections: str) -> None:
     """A task that sets a tenant, and leaves it set, does so for itself only."""
     assert run(script_leave_a_tenant, connections) == [["ada, public", "public"]] * 2
+
+
+def where() -> Any:
+    """Return the tenant of the caller, and where its rows go."""
+    return [connection.schema_name, getattr(connection.tenant, "title", None), search_path()]
+
+
+ADA, BOB = ([name, f"The shop of {name}", f"{name}, public"] for name in ("ada", "bob"))
+PUBLIC = ["public", None, "public"]
+
+
+def script_spawn_in_tenants() -> Any:
+    from django_tenants.utils import tenant_context
+
+    from tests.tenants.models import Shop
+
+    settings.BGTASKS_PROPAGATORS = ["bgtasks.contrib.tenants.TenantPropagator"]
+    seen = []
+    for name in ("ada", "bob"):
+        with tenant_context(Shop.objects.get(schema_name=name)):
+            seen.append(in_task(where))
+    return [*seen, in_task(where)]
+
+
+@on_all
+def test_task_runs_in_the_tenant_of_its_spawner(site: None, connections: str) -> None:
+    """In that of each spawner, and in the public schema if there is none."""
+    assert run(script_spawn_in_tenants, connections) == [ADA, BOB, PUBLIC]
+
+
+def script_spawn_async_in_tenants() -> Any:
+    from django_tenants.utils import tenant_context
+
+    from tests.tenants.models import Shop
+
+    settings.BGTASKS_PROPAGATORS = ["bgtasks.contrib.tenants.TenantPropagator"]
+    grandchildren: list[Any] = []
+
+    async def task() -> None:
+        seen.append(await sync_to_async(where)())
+        bgtasks.spawn("child", lambda: grandchildren.append(where()))
+
+    seen: list[Any] = []
+    with tenant_context(Shop.objects.get(schema_name="ada")):
+        bgtasks.spawn("task", task)
+    bgtasks.drain(BOUND)
+    bgtasks.drain(BOUND)
+    return [*seen, *grandchildren]
+
+
+@pytest.mark.xfail(strict=False, reason="needs the core's part")
+@on_all
+def test_coroutine_runs_in_the_tenant_of_its_spawner(site: None, connections: str) -> None:
+    """So do the tasks that it spawns in its asynchronous code."""
+    assert run(script_spawn_async_in_tenants, connections) == [ADA, ADA]
+
+
+def script_tenant_is_gone() -> Any:
+    from django_tenants.utils import tenant_context
+
+    from tests.tenants.models import Shop
+
+    settings.BGTASKS_PROPAGATORS = ["bgtasks.contrib.tenants.TenantPropagator"]
+    logging.getLogger("bgtasks").setLevel(logging.CRITICAL)
+    ran: list[Any] = []
+    with tenant_context(Shop(schema_name="gone")):
+        accepted = bgtasks.spawn("task", ran.append, 1)
+    bgtasks.drain(BOUND)
+    return [accepted, ran, bgtasks.stats()["default"].failed]
+
+
+def test_task_of_a_tenant_that_is_gone_fails(site: None) -> None:
+    """It does not run in the public schema."""
+    assert run(script_tenant_is_gone) == [True, [], 1]
+
+
+def script_spawn_in_async_view() -> Any:
+    settings.BGTASKS_PROPAGATORS = ["bgtasks.contrib.tenants.TenantPropagator"]
+    logging.getLogger("bgtasks").setLevel(logging.CRITICAL)
+
+    async def view() -> Any:
+        return [bgtasks.spawn("task", print), await sync_to_async(bgtasks.spawn)("task", where)]
+
+    return [asyncio.run(view()), bgtasks.drain(BOUND), bgtasks.stats()["default"].succeeded]
+
+
+def test_spawn_beside_the_tenant_is_dropped(site: None) -> None:
+    """An asynchronous view spawns on the thread that has its tenant."""
+    assert run(script_spawn_in_async_view) == [[False, True], True, 1]

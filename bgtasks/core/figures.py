@@ -52,6 +52,7 @@ class DropReason(enum.Enum):
     FULL = "full"
     SHUTDOWN = "shutdown"
     NO_THREAD = "no_thread"
+    PROPAGATOR = "propagator"  # one could not capture its value
 
 
 @dataclass(frozen=True, slots=True)

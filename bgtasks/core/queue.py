@@ -106,9 +106,9 @@ class TaskQueue(Steps):
         return True
 
     @step
-    def refuse(self, name: str) -> DropReason:
-        """Count the drop of a task called `name` that finds no place, and return the reason."""
-        reason = DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN
+    def refuse(self, name: str, reason: DropReason = DropReason.FULL) -> DropReason:
+        """Count the drop of a task called `name`, and return why: for this `reason`, or the shutdown."""
+        reason = reason if self.state is State.OPEN else DropReason.SHUTDOWN
         self.account.drop(name, reason)
         return reason
 

@@ -221,16 +221,17 @@ class Slot(Seat, Executor):
         hooks, queue = self.pool.hooks, self.queue
         error: BaseException | None = None
         result: object = None
-        hooks.enter(task.context, task.captured)
-        current.set(weakref.ref(task))
         watched = hooks.watched()
-        if watched:
-            hooks.started(task)
         try:
+            hooks.enter(task.context, task.captured)
+            current.set(weakref.ref(task))
+            if watched:
+                hooks.started(task)
             result = task.call()
             if result is not None and self._is_coroutine(task, result):
+                context, captured = copy_context(), hooks.capture()
                 hooks.leave()  # what it has opened on this thread does not go along
-                task.continue_with(cast(Any, result), copy_context(), hooks.capture())
+                task.continue_with(cast(Any, result), context, captured)
                 return None
             outcome = Outcome.SUCCEEDED
         except BaseException as exception:

@@ -123,15 +123,19 @@ def current_task() -> Task | None:
 
 
 class Hooks:
-    """What the core asks of the application around it. No hook may raise. These do next to nothing."""
+    """What the core asks of the application around it. No hook may raise, but for ``enter``."""
 
     def capture(self) -> object:
         """Return what ``enter`` needs beside a copy of the caller's context."""
 
     def enter(self, context: Context, captured: object) -> None:  # noqa: ARG002
-        """Make the current context, a new one, the task's, of what was captured where it was spawned."""
+        """Make the current context, a new one, the task's. If it raises, the task has failed, and not run."""
         for variable, value in context.items():
             variable.set(value)
+
+    def needs_thread(self, task: Task) -> bool:  # noqa: ARG002
+        """Tell whether the slot's thread calls ``enter`` and ``leave`` too, before and after the loop."""
+        return False
 
     def leave(self) -> None:
         """Let go of what the task's context holds open. Called inside the task's context."""

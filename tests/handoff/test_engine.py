@@ -157,7 +157,7 @@ def test_an_error_of_ours_while_packing_keeps_the_task_here(monkeypatch: pytest.
     def broken(*args: Any) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(payload, "locale_of", broken)
+    monkeypatch.setattr(payload, "surroundings_of", broken)
     with Logs() as logs:
         assert packed(note) is None
 

@@ -339,7 +339,7 @@
 
   function updateDrops(part, drops) {
     part.hidden = drops.length === 0;
-    const why = { full: "queue full", shutdown: "shut down", no_thread: "no thread" };
+    const why = { full: "queue full", shutdown: "shut down", no_thread: "no thread", propagator: "propagator failed" };
     sync(part.querySelector("tbody"), drops, (drop) => `${processName(drop)} ${drop.reason} ${drop.name}`,
       () => element("tr"),
       (row, drop) => cells(row,
