@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from django.conf import settings
 from django.utils.module_loading import import_string
@@ -75,7 +75,7 @@ def problems(value: Any) -> Iterator[Problem]:
             'Write BGTASKS_PROPAGATORS = ["bgtasks.contrib.tenants.TenantPropagator"].',
         )
         return
-    paths: Sequence[Any] = value
+    paths = cast("Sequence[Any]", value)
     for number, path in enumerate(paths):
         where = f"BGTASKS_PROPAGATORS[{number}]"
         if path in paths[:number]:

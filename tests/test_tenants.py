@@ -12,13 +12,15 @@ import psycopg
 import pytest
 from asgiref.sync import sync_to_async
 from django.conf import settings
-from django.db import connection
+from django.db import connection as django_connection
 
 import bgtasks
 from tests.gate import BOUND
 from tests.scripts import run_function
 
 pytest.importorskip("django_tenants")
+
+connection: Any = django_connection  # which has what django-tenants adds
 
 on_all = pytest.mark.parametrize("connections", ["closed", "kept", "pooled"])
 
@@ -181,7 +183,8 @@ def script_spawn_in_async_view() -> Any:
     logging.getLogger("bgtasks").setLevel(logging.CRITICAL)
 
     async def view() -> Any:
-        return [bgtasks.spawn("task", print), await sync_to_async(bgtasks.spawn)("task", where)]
+        spawn: Any = bgtasks.spawn
+        return [spawn("task", print), await sync_to_async(spawn)("task", where)]
 
     return [asyncio.run(view()), bgtasks.drain(BOUND), bgtasks.stats()["default"].succeeded]
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from django.core.exceptions import SynchronousOnlyOperation
 from django.db import connections
@@ -59,4 +59,5 @@ class TenantPropagator(Propagator):
     def _context(schema: str) -> Any:
         if schema == utils.get_public_schema_name():
             return utils.schema_context(schema)
-        return utils.tenant_context(utils.get_tenant_model()._default_manager.get(schema_name=schema))
+        tenant = cast(Any, utils).get_tenant_model()._default_manager.get(schema_name=schema)
+        return utils.tenant_context(tenant)

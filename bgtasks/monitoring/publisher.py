@@ -30,6 +30,7 @@ from bgtasks.core.figures import PoolStats
 from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
 from bgtasks.monitoring import snapshot
+from bgtasks.monitoring.cache import site_cache
 from bgtasks.monitoring.thread import BackgroundThread
 
 PLACES = 256  # processes of a site that can be seen
@@ -161,8 +162,7 @@ class Publisher(BackgroundThread):
         pools = {pause_key(slots.queue.pool): slots.queue for slots in self._built()}
         content = encode(self.snapshot(idle=idle))
         # Nothing in here takes a pool's lock: a fork holds them all while it waits for this one.
-        with self._io:
-            cache = caches[alias]
+        with self._io, site_cache(alias) as cache:
             self._publish(cache, content)
             paused = cache.get_many(pools)
         for key, queue in pools.items():
@@ -197,10 +197,10 @@ class Publisher(BackgroundThread):
         try:
             self._call_listeners()
             if place is not None and self.config is not None:
-                cache = caches[self.config.cache]
-                cache.delete(snapshot_key(self.identity.id))
-                if cache.get(place_key(place)) == self.identity.id:
-                    cache.delete(place_key(place))
+                with site_cache(self.config.cache) as cache:
+                    cache.delete(snapshot_key(self.identity.id))
+                    if cache.get(place_key(place)) == self.identity.id:
+                        cache.delete(place_key(place))
         except Exception as error:
             self._complain("the snapshot could not be taken back", error)
         finally:
