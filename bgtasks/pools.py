@@ -161,15 +161,15 @@ class Pool(Waitable):
 
     def _submit(self, task: Task) -> bool:
         slots = self.slots or self._build_for(task)
-        if task.captured is FAILED:
-            task.discard()
-            return self._refuse(task.name, DropReason.PROPAGATOR)
-        if self._divert is not None:
+        if self._divert is not None and task.captured is not FAILED:
             return self._divert(self, task)
         if task.spawned_at >= lifespan.look_at:
             lifespan.look(self.drainer)
         if task_spawned.receivers:
             self.hooks.spawned(task.name)
+        if task.captured is FAILED:
+            task.discard()
+            return self.note_drop(task.name, slots.queue.refuse(task.name, DropReason.PROPAGATOR))
         try:
             reason = slots.queue.put(task)
             if slots.look is not None:
@@ -193,12 +193,12 @@ class Pool(Waitable):
             task.discard()
             raise
 
-    def _refuse(self, name: str, why: DropReason = DropReason.FULL) -> bool:
-        """Drop a task called `name`, which was not even made, or cannot be run."""
+    def _refuse(self, name: str) -> bool:
+        """Drop a task called `name`, which was not even made."""
         slots = self.build().slots
         if task_spawned.receivers:
             self.hooks.spawned(name)
-        reason = slots.queue.refuse(name, why)
+        reason = slots.queue.refuse(name)
         if slots.look is not None:
             slots.look()
         if DjangoHooks.tracer is not None:

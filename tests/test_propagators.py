@@ -306,6 +306,7 @@ def test_task_whose_value_cannot_be_captured_is_dropped(
 
     assert accepted == [False, False]
     assert outcomes() == {"dropped": 2}
+    assert bgtasks.stats()["default"].spawned == 2
     assert "task 'task' dropped: a propagator could not capture its value" in caplog.messages
     assert f"the propagator '{__name__}.NotCaptured' could not capture its value" in caplog.messages
     assert "LookupError: no theme here" in caplog.text
