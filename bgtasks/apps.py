@@ -11,7 +11,7 @@ from django.core.checks import register
 from django.core.signals import setting_changed
 from django.db.backends.signals import connection_created
 
-from bgtasks import conf
+from bgtasks import conf, context
 from bgtasks.checks import (
     check_database_pools,
     check_greenlets,
@@ -65,5 +65,7 @@ def _destroy_test_db(creation: Any, *args: Any, **kwargs: Any) -> Any:
 def _on_setting_changed(*, setting: str, **_kwargs: Any) -> None:
     if setting == "BGTASKS":
         pools.restart()
+    elif setting == "BGTASKS_PROPAGATORS":
+        context.forget_propagators()
     elif setting in {"BGTASKS_SNAPSHOT", "CACHES"}:
         pools.publisher.configure()

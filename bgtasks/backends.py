@@ -25,14 +25,16 @@ from django.apps import apps
 from django.core import checks
 
 from bgtasks import conf
+from bgtasks import context as task_context
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
 from bgtasks.core.queue import State
 from bgtasks.core.task import Task as QueuedTask
 from bgtasks.core.task import as_coroutine, current_task
 from bgtasks.exceptions import TaskDropped
-from bgtasks.hooks import Recorded, capture
-from bgtasks.pools import Pool, pools
+from bgtasks.hooks import Recorded
+from bgtasks.pool import Pool
+from bgtasks.pools import pools
 
 if django.VERSION < (6, 0):
     raise ImportError(
@@ -180,7 +182,7 @@ class PoolBackend(BaseTaskBackend):
             {},
             inspect.iscoroutinefunction(task.func),
             copy_context(),
-            capture(),
+            task_context.capture(),
         )
         # Before a slot begins it: the caller gets READY, however fast they are.
         enqueued = snapshot(job.result)

@@ -46,7 +46,7 @@ def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
             "when the process ends is lost",
         )
     queue = TaskQueue(name, config.capacity, config.conn_max)
-    slots = _type_of_slots(name, config, hooks)(
+    slots = _type_of_slots(name, config)(
         queue,
         hooks,
         drainer.loop,
@@ -58,14 +58,14 @@ def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
     return Built(slots, Shutdown(slots, drainer), DropLog(queue, drainer.loop.call_later), config.mode)
 
 
-def _type_of_slots(name: str, config: conf.PoolConfig, hooks: Hooks) -> Callable[..., Slots]:
+def _type_of_slots(name: str, config: conf.PoolConfig) -> Callable[..., Slots]:
     if config.handoff_to is None:
         return Slots
     # Only a pool that hands off pays for importing them.
     from bgtasks.handoff.engine import Engine
     from bgtasks.handoff.slots import HandoffSlots
 
-    engine = Engine(config.handoff_to, name, hooks)
+    engine = Engine(config.handoff_to, name)
     return partial(HandoffSlots, engine=engine, always=config.handoff_when == conf.ALWAYS)
 
 

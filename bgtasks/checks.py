@@ -11,7 +11,7 @@ from django.core.cache import caches
 from django.db import connections, router
 from django.utils.module_loading import import_string
 
-from bgtasks import conf
+from bgtasks import conf, propagators
 from bgtasks.greenlets import NO_GREENLETS, NO_LOOP, patched
 
 # Backends in TASKS that no worker of another process takes tasks from, and what they do instead.
@@ -25,12 +25,17 @@ PSYCOPG_POOL_SIZE = 4  # of psycopg_pool when neither min_size nor max_size is g
 
 
 def check_settings(**_kwargs: Any) -> list[checks.CheckMessage]:
-    """Report every mistake in BGTASKS (bgtasks.E001 to E008) and BGTASKS_SNAPSHOT (E020 to E023)."""
+    """Report every mistake in the settings.
+
+    They are BGTASKS (bgtasks.E001 to E008), BGTASKS_SNAPSHOT (E020 to E023) and BGTASKS_PROPAGATORS (E030 to
+    E033).
+    """
     return [
         checks.Error(problem.message, hint=problem.hint, id=problem.id)
         for problem in (
             *conf.problems(conf.configured()),
             *conf.snapshot_problems(getattr(settings, "BGTASKS_SNAPSHOT", None)),
+            *propagators.problems(getattr(settings, "BGTASKS_PROPAGATORS", ())),
         )
     ]
 
@@ -135,7 +140,7 @@ def _cache_databases() -> set[str]:
 
 
 def check_greenlets(**_kwargs: Any) -> list[checks.CheckMessage]:
-    """Report that threads are greenlets: of gevent (bgtasks.W003), or of eventlet (bgtasks.E030)."""
+    """Report that threads are greenlets: of gevent (bgtasks.W003), or of eventlet (bgtasks.E040)."""
     patch = patched()
     if patch == "gevent":
         return [
@@ -150,7 +155,7 @@ def check_greenlets(**_kwargs: Any) -> list[checks.CheckMessage]:
             checks.Error(
                 f"{NO_GREENLETS}: every task is dropped.",
                 hint="Use a server with threads, asyncio or gevent: eventlet is not developed any more.",
-                id="bgtasks.E030",
+                id="bgtasks.E040",
             )
         ]
     return []

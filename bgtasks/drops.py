@@ -90,6 +90,7 @@ class DropLog:
             if patched() == "eventlet"
             else f"pool {queue.pool!r} cannot start a thread",
             DropReason.NO_LOOP: NO_LOOP,
+            DropReason.PROPAGATOR: "a propagator could not capture its value",
         }[reason]
         args: tuple[object, ...] = (name, why) if count == 1 else (name, count, why)
         message = "task %r dropped: %s" if count == 1 else "task %r dropped %d times more: %s"

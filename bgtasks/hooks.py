@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import traceback
 from abc import ABC, abstractmethod
@@ -11,20 +10,16 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from contextvars import Context
-from datetime import tzinfo
 from functools import partial
-from threading import get_ident
 from time import monotonic, time
 from typing import Any, ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from django.core.cache import caches
 from django.core.exceptions import ObjectDoesNotExist
-from django.db import connections
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.dispatch import Signal
-from django.utils import timezone, translation
 
-from bgtasks import shortcuts
+from bgtasks import context as task_context
+from bgtasks import database, propagators, shortcuts
 from bgtasks.core.figures import DropReason, Outcome
 from bgtasks.core.log import escaped, log, logger
 from bgtasks.core.task import Hooks, Task
@@ -39,55 +34,6 @@ FRAMES = 30  # the innermost frames of a traceback that are kept of each excepti
 TEXT_MAX = 4000  # characters of a traceback that are kept: the end of it, which says what happened
 
 NOT_RUN = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF})  # outcomes of which a task does not know itself
-
-# What a copied context carries of the spawner's thread, by the names of asgiref's context variables:
-# thread-tagged storage (it holds the request's cache connections, which sync_to_async would bring to life
-# again inside the task) and the executor on which the request runs its thread-sensitive calls.
-THREAD_BOUND = frozenset(
-    {"asgiref.local", "async_single_thread_context", "deadlock_context", "thread_sensitive_context"}
-)
-
-
-class Scope(NamedTuple):
-    """The language and time zone that are active where a task is spawned.
-
-    Django keeps both in asgiref's ``Local``, which tags its data with a thread: in a copied context they
-    are invisible on any other, and a French user's mail would go out in English.
-    """
-
-    language: str | None
-    time_zone: tzinfo
-
-    @classmethod
-    def capture(cls) -> Scope:
-        """Return the scope of the caller."""
-        return cls(translation.get_language(), timezone.get_current_timezone())
-
-    def activate(self) -> None:
-        """Make it the scope of the caller."""
-        if self.language is None:
-            translation.deactivate_all()
-        else:
-            translation.activate(self.language)
-        timezone.activate(self.time_zone)
-
-
-# Called where a task is spawned. Returns what ``DjangoHooks.enter`` needs beside a copy of the context: the
-# thread with which asgiref has tagged the language and time zone in there, or else these two themselves.
-capture: Callable[[], object] = get_ident if shortcuts.UNDERSTANDS_LOCAL else Scope.capture
-
-
-def close_connections() -> None:
-    """Close the database connections of this thread."""
-    for connection in shortcuts.open_connections():
-        try:
-            connection.close()
-            if connection.connection is not None and not connection.in_atomic_block:
-                # SQLite in memory, as in tests, where Django's own close() does nothing, so as not to lose
-                # the data. Those of a test are kept by the connection of the thread that runs it.
-                BaseDatabaseWrapper.close(connection)
-        except Exception as error:
-            log(logging.ERROR, "connection %r could not be closed", connection.alias, error=error)
 
 
 class Tracer(Protocol):
@@ -129,7 +75,7 @@ def _call_and_close(fn: Callable[[], T]) -> T:
     try:
         return fn()
     finally:
-        close_connections()
+        database.close()
 
 
 class Recorded(ABC):
@@ -210,28 +156,25 @@ class DjangoHooks(Hooks):
 
     # The context of a task.
 
-    def capture(self) -> object:
-        """Return what ``enter`` needs beside a copy of the caller's context."""
-        return capture()
-
     def enter(self, context: Context, captured: object) -> None:
-        """Fill the task's empty context: the spawner's variables, and its language and time zone.
+        """Make the current context that of a task. See ``bgtasks.context.enter``."""
+        task_context.enter(context, captured)
 
-        What else is bound to the spawner's thread stays behind. `context` is a copy of the spawner's, and
-        `captured` what ``capture`` returned there.
-        """
-        language, time_zone = shortcuts.scope_variables() if shortcuts.UNDERSTANDS_LOCAL else (None, None)
-        for variable, value in context.items():
-            if variable.name not in THREAD_BOUND:
-                variable.set(value)
-            # Data with another thread's tag was not the spawner's: it had only inherited it.
-            elif (variable is language or variable is time_zone) and value.thread_id == captured:
-                variable.set(shortcuts.moved(value))
-        if isinstance(captured, Scope):
-            captured.activate()
+    def needs_thread(self, task: Task) -> bool:
+        """Tell whether `task` has propagators, or listeners, who may use the ORM."""
+        return isinstance(task.captured, task_context.Captured) or self.watched()
+
+    def attach(self, captured: object) -> None:
+        """Go on in the context of a task on this thread. See ``bgtasks.context.attach``."""
+        task_context.attach(captured)
 
     def leave(self) -> None:
-        """Close the cache connections of the task's context, as Django does after a request."""
+        """Leave the propagators, and close the cache connections of the task's context."""
+        self.detach()
+        propagators.leave()
+
+    def detach(self) -> None:
+        """Close the cache connections of the task on this thread, as Django does after a request."""
         if not shortcuts.has_caches():
             return
         for cache in caches.all(initialized_only=True):
@@ -249,29 +192,12 @@ class DjangoHooks(Hooks):
     # The connections of a slot's thread.
 
     def clean(self) -> None:
-        """Leave each database connection of this thread as Django leaves it between two requests.
-
-        Like the receivers of ``request_started`` and ``request_finished``: a pooled connection goes back to
-        its pool, one past its CONN_MAX_AGE or in an error is closed. One that a task has left inside an
-        atomic block is thrown away, or all tasks after it would write into a transaction that never ends.
-        """
-        for connection in shortcuts.open_connections():
-            try:
-                connection.queries_log.clear()
-                if connection.in_atomic_block:
-                    connection.close()
-                    del connections[connection.alias]
-                else:
-                    connection.close_if_unusable_or_obsolete()
-            except Exception as error:
-                log(logging.ERROR, "connection %r could not be reset", connection.alias, error=error)
-                with contextlib.suppress(Exception):
-                    connection.close()  # or its pool would miss it for ever
-                del connections[connection.alias]
+        """Leave each database connection of this thread as Django leaves it between two requests."""
+        database.clean()
 
     def close(self) -> None:
         """Close the database connections of this thread."""
-        close_connections()
+        database.close()
 
     # The signals.
 

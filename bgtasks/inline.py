@@ -14,6 +14,7 @@ from typing import Any
 from asgiref.current_thread_executor import CurrentThreadExecutor
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 
+from bgtasks.context import fill, fork
 from bgtasks.core.figures import Outcome
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import GENERATORS, Hooks, Task, as_coroutine, current
@@ -38,6 +39,7 @@ def _run(hooks: Hooks, task: Task) -> None:
         loop = asyncio.get_running_loop()
     except RuntimeError:
         if not task.asynchronous:
+            task.context.run(fork)
             task.context.run(_call, hooks, task)
             return
         # The loop runs on another thread, and its ORM calls on this one, which serves them meanwhile.
@@ -92,7 +94,7 @@ def _start(
     ended: Future[None] = Future()
 
     def call() -> None:
-        hooks.enter(task.context, task.captured)
+        fill(task.context, task.captured)  # propagators restore what the caller has
         current.set(weakref.ref(task))
         asyncio.run(_on_new_loop(hooks, task, executor, coroutine))
 

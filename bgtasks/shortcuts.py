@@ -11,6 +11,8 @@ short cut             the way through public names                gain
 ``has_caches``        ``caches.all()``                            2.4 µs a task
 ====================  ==========================================  =============================
 
+``take_connection_pools`` has no other way: Django can only close a pool, and a forked child must not.
+
 Where something private has changed, the public names are used. That is found out by a try: for the first two
 as this module is imported, for the others at each call.
 """
@@ -18,6 +20,7 @@ as this module is imported, for the others at each call.
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -31,6 +34,7 @@ from asgiref.sync import SyncToAsync, ThreadSensitiveContext
 from django.core.cache import caches
 from django.db import connections
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.urls import base as urls
 from django.utils import timezone
 from django.utils.translation import trans_real
 
@@ -39,9 +43,11 @@ _caches: Any = caches
 _connections: Any = connections
 _timezone: Any = timezone
 _translation: Any = trans_real
+_urls: Any = urls
 
 
-# Language and time zone. Django keeps them in asgiref's Local, whose data is tagged with a thread.
+# Language, time zone, script prefix and URL configuration. Django keeps them in asgiref's Local, whose data
+# is tagged with a thread.
 
 
 def moved(stored: Any) -> Any:
@@ -49,10 +55,15 @@ def moved(stored: Any) -> Any:
     return type(stored)(get_ident(), stored.data)
 
 
-def scope_variables() -> tuple[Any, Any]:
-    """Return the context variables in which the language and the time zone are."""
+def scope_variables() -> tuple[Any, ...]:
+    """Return the context variables in which the language, time zone, script prefix and urlconf are."""
     # Looked up anew each time, since ``override_settings`` replaces Django's Locals.
-    return _translation._active._storage._data, _timezone._active._storage._data
+    return (
+        _translation._active._storage._data,
+        _timezone._active._storage._data,
+        _urls._prefixes._storage._data,
+        _urls._urlconfs._storage._data,
+    )
 
 
 def _understands_local() -> bool:
@@ -63,6 +74,7 @@ def _understands_local() -> bool:
         local.value = "moved"
         variable = local._storage._data
         stored = variable.get()
+        scope_variables()
         elsewhere = Context()
         elsewhere.run(variable.set, moved(stored))
         return bool(stored.thread_id == get_ident() and elsewhere.run(getattr, local, "value") == "moved")
@@ -170,6 +182,18 @@ def open_connections() -> list[BaseDatabaseWrapper]:
     except (AttributeError, TypeError):
         return list(connections.all(initialized_only=True))
     return [connection for connection in mine.values() if isinstance(connection, BaseDatabaseWrapper)]
+
+
+def take_connection_pools() -> list[object]:
+    """Empty Django's registries of connection pools, close none, and return them. Django makes new ones."""
+    pools: list[object] = []
+    for vendor in ("postgresql", "oracle"):
+        base: Any = sys.modules.get(f"django.db.backends.{vendor}.base")
+        registry = getattr(getattr(base, "DatabaseWrapper", None), "_connection_pools", None)
+        if isinstance(registry, dict):
+            pools += cast("dict[str, object]", registry).values()
+            registry.clear()
+    return pools
 
 
 def has_caches() -> bool:

@@ -8,7 +8,8 @@ receivers may use the ORM; a task counts as running until they have returned.
 signal                    arguments
 ========================  ==============================================================================
 ``task_spawned``          ``name``
-``task_dropped``          ``name``, ``reason`` (``"full"``, ``"shutdown"``, ``"no_thread"``, ``"no_loop"``)
+``task_dropped``          ``name``, ``reason`` (``"full"``, ``"shutdown"``, ``"no_thread"``, ``"no_loop"`` or
+                          ``"propagator"``)
 ``task_started``          ``name``
 ``task_finished``         ``name``, ``outcome`` (``"succeeded"``, ``"failed"``, ``"timed_out"``,
                           ``"cancelled"``, ``"handed_off"``), ``error`` (the exception or None)

@@ -11,9 +11,8 @@ from time import monotonic
 from types import FunctionType
 from typing import Any, ParamSpec, Protocol
 
-from bgtasks import django_tasks
+from bgtasks import context, django_tasks
 from bgtasks.core.task import Task, as_coroutine
-from bgtasks.hooks import capture
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _COROUTINE = inspect.CO_COROUTINE
@@ -51,7 +50,7 @@ def make_task(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any
                 "and its body would never run"
             )
         asynchronous = flags & _COROUTINE != 0
-    return Task(name, task, args, kwargs, asynchronous, copy_context(), capture())
+    return Task(name, task, args, kwargs, asynchronous, copy_context(), context.capture())
 
 
 def is_function(name: object, task: Any) -> bool:

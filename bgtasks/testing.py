@@ -27,7 +27,8 @@ from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.monitoring.snapshot import stack_of
-from bgtasks.pools import Diverted, Pool, pools, run_inline
+from bgtasks.pool import Diverted, Pool, run_inline
+from bgtasks.pools import pools
 
 __all__ = ["Call", "Captured", "captured", "drained", "inline"]
 

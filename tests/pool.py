@@ -28,7 +28,8 @@ from bgtasks.drops import DropLog
 from bgtasks.forks import Forks
 from bgtasks.monitoring.figures import PoolStats, read_stats
 from bgtasks.monitoring.pace import MeasuredPace
-from bgtasks.pools import Pool, pools
+from bgtasks.pool import Pool
+from bgtasks.pools import pools
 from tests.gate import BOUND, Gate, wait_until
 
 NAME = "core"  # of every pool that is made here

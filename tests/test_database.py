@@ -303,8 +303,9 @@ def test_connection_that_cannot_be_closed_does_not_keep_the_others_open(
     def task() -> Any:
         for alias in ("default", "sqlite"):
             connections[alias].ensure_connection()
-        connections["default"].close = fail
-        return connections["default"], connections["sqlite"]
+        real = pooled("default").connection
+        real.close = fail
+        return real, connections["sqlite"]
 
     kept["CONN_MAX_AGE"] = connections.settings["sqlite"]["CONN_MAX_AGE"] = None
     try:
@@ -313,7 +314,8 @@ def test_connection_that_cannot_be_closed_does_not_keep_the_others_open(
         bgtasks.shutdown()
     finally:
         connections.settings["sqlite"]["CONN_MAX_AGE"] = 0
-    close(broken)
+    del broken.close
+    broken.close()
 
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == [
         "connection 'default' could not be closed"
@@ -448,6 +450,58 @@ def test_task_that_raises_in_a_transaction_is_rolled_back(
     run(kind, lambda: Note.objects.using(alias).create(text="committed"))
 
     assert [str(note) for note in Note.objects.using(alias).all()] == ["committed"]
+
+
+@on_all
+@both
+def test_next_task_is_not_in_a_transaction_that_the_last_began_by_hand(
+    kind: Callable[..., Any], alias: str, kept: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task that executes BEGIN, and no COMMIT: what it wrote is rolled back, with a warning, no more."""
+
+    def leave() -> None:
+        connections[alias].cursor().execute("BEGIN")
+        Note.objects.using(alias).create(text="never committed")
+
+    run(kind, leave)
+    for _ in range(3):
+        run(kind, lambda: Note.objects.using(alias).create(text="committed"))
+
+    assert [str(note) for note in Note.objects.using(alias).all()] == ["committed"] * 3
+    message = f"a task has left connection {alias!r} in a transaction, which is rolled back"
+    assert caplog.messages.count(message) == 1
+
+
+@both
+def test_next_task_commits_if_the_last_has_turned_autocommit_off_by_hand(
+    kind: Callable[..., Any], kept: Any
+) -> None:
+    """So it does if the last one has changed the driver's own connection."""
+
+    def leave() -> None:
+        connections["default"].ensure_connection()
+        pooled("default").connection.autocommit = False
+
+    run(kind, leave)
+    run(kind, lambda: Note.objects.create(text="committed"))
+
+    assert [str(note) for note in Note.objects.all()] == ["committed"]
+
+
+@on_all
+@both
+def test_next_task_does_not_find_what_the_last_has_put_on_the_connection(
+    kind: Callable[..., Any], alias: str, kept: Any
+) -> None:
+    """An attribute that Django does not know, such as a tenant, is not there for the next task."""
+
+    def leave() -> None:
+        pooled(alias).ensure_connection()
+        pooled(alias).tenant = "ada"
+
+    run(kind, leave)
+
+    assert run(kind, lambda: getattr(connections[alias], "tenant", None)) is None
 
 
 @both

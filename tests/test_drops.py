@@ -223,6 +223,7 @@ def test_first_drop_is_warned_of_at_once(drops: DropLog, logs: Logs) -> None:
         (DropReason.SHUTDOWN, "pool 'mail' is shut down"),
         (DropReason.NO_THREAD, "pool 'mail' cannot start a thread"),
         (DropReason.NO_LOOP, "gevent has replaced threads, so there is no event loop for asynchronous tasks"),
+        (DropReason.PROPAGATOR, "a propagator could not capture its value"),
     ],
 )
 def test_warning_says_why(drops: DropLog, logs: Logs, reason: Any, why: Any) -> None:

@@ -94,7 +94,7 @@ def test_eventlet_is_refused() -> None:
     why = "eventlet has replaced threads, and bgtasks starts none of its greenlets"
     assert f"task 'function' dropped: {why}" in log
     assert f"task 'coroutine' dropped: {why}" in log
-    assert checks == [["bgtasks.E030", f"{why}: every task is dropped."]]
+    assert checks == [["bgtasks.E040", f"{why}: every task is dropped."]]
 
 
 UNPATCHED = f"""

@@ -2,9 +2,12 @@
 
 import asyncio
 import contextvars
+import decimal
 import gc
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -19,11 +22,12 @@ from django.core.exceptions import ValidationError
 from django.core.handlers.asgi import ASGIHandler
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, AsyncRequestFactory
-from django.urls import get_script_prefix, path, set_script_prefix
+from django.urls import path, reverse, set_script_prefix, set_urlconf
 from django.utils import timezone, translation
 from pytest_django import Settings
 
 import bgtasks
+import bgtasks.testing
 from tests.background import (
     by_anyone,
     by_sync_code_of_loop,
@@ -39,6 +43,9 @@ from tests.background import (
     spawn,
 )
 from tests.gate import BOUND, AsyncGate, Gate
+from tests.processes import run_python
+
+URLS_OF_A_REQUEST = (path("activate-here/", cast("Any", print), name="activate"),)
 
 REQUEST_ID: ContextVar[Any] = ContextVar("request_id", default=None)
 
@@ -121,6 +128,92 @@ def test_context_may_be_in_use_while_the_task_runs(place: Callable[..., Any]) ->
     seen = context.run(lambda: spawn(place, REQUEST_ID.get).result(BOUND))
 
     assert seen == "42"
+
+
+# Objects in the context that are changed in place.
+
+
+@everywhere
+def test_spawner_and_next_task_do_not_calculate_as_a_task_does(place: Callable[..., Any]) -> None:
+    """A task that sets the precision of decimals does so for itself only."""
+
+    def calculate_roughly() -> int:
+        decimal.getcontext().prec = 4
+        return decimal.getcontext().prec
+
+    decimal.getcontext()  # from now on it is in the spawner's context
+
+    assert run(place, calculate_roughly) == 4
+    assert decimal.getcontext().prec == 28
+    assert run(place, lambda: decimal.getcontext().prec) == 28
+
+
+@everywhere
+def test_task_calculates_as_its_spawner_does(place: Callable[..., Any]) -> None:
+    """The precision that the spawner has set is in force in the task."""
+    with decimal.localcontext(prec=9):
+        seen = run(place, lambda: decimal.getcontext().prec)
+
+    assert seen == 9
+
+
+def test_spawner_does_not_calculate_as_an_inline_task_does() -> None:
+    """Nor does a task that runs in the code that spawns it change how that calculates."""
+    decimal.getcontext()
+    with bgtasks.testing.inline():
+        bgtasks.spawn("rough", lambda: setattr(decimal.getcontext(), "prec", 4))
+
+    assert decimal.getcontext().prec == 28
+
+
+def test_warning_filters_of_a_task_are_its_own() -> None:
+    """Where warning filters are in the context, a task that changes them does so for itself only."""
+    code = (
+        "import sys, warnings, django; django.setup(); import bgtasks\n"
+        "with warnings.catch_warnings():\n"
+        "    before = list(warnings._get_filters())\n"
+        "    bgtasks.spawn('task', warnings.simplefilter, 'ignore')\n"
+        "    assert bgtasks.drain(30)\n"
+        "    assert warnings._get_filters() == before\n"
+    )
+    if sys.version_info < (3, 14):
+        pytest.skip("filters are not in the context before Python 3.14")
+    done = run_python(code, env={"PYTHON_CONTEXT_AWARE_WARNINGS": "1"})
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_variable_of_a_familiar_name_is_passed_on_as_it_is() -> None:
+    """What is in a variable that only has the name of Sentry's is not copied."""
+
+    def act() -> Any:
+        variable.set(value)
+        return run(variable.get)
+
+    value = object()
+    variable: ContextVar[Any] = ContextVar("current_scope")
+
+    assert contextvars.copy_context().run(act) is value
+
+
+def test_object_that_cannot_be_copied_is_passed_on_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """A fault in another library's copying costs no task."""
+
+    class Context:
+        __module__ = "decimal"
+
+        def copy(self) -> Any:
+            raise LookupError("on purpose")
+
+    def act() -> Any:
+        variable.set(value)
+        return run(variable.get)
+
+    value = Context()
+    variable: ContextVar[Any] = ContextVar("decimal_context")
+
+    assert contextvars.copy_context().run(act) is value
+    assert "the context variable 'decimal_context' could not be copied for a task" in caplog.messages
 
 
 # Language and time zone.
@@ -318,16 +411,33 @@ def test_task_does_not_see_a_local_of_its_spawner(place: Callable[..., Any]) -> 
     assert run(place, lambda: hasattr(local, "user")) is False
 
 
-@everywhere
-def test_task_has_the_default_script_prefix(place: Callable[..., Any]) -> None:
-    """The script prefix is such a Local: a task that reverses URLs has to set it itself."""
-    set_script_prefix("/mounted/")
-    try:
-        seen = run(place, get_script_prefix)
-    finally:
-        set_script_prefix("/")
+# URLs.
 
-    assert seen == "/"
+
+@everywhere
+@by_anyone
+def test_task_reverses_urls_as_its_spawner_does(
+    spawner: Callable[..., Any], place: Callable[..., Any]
+) -> None:
+    """The script prefix and the URL configuration of the request are the task's."""
+
+    def act() -> Any:
+        with mounted("/app/", URLS_OF_A_REQUEST):
+            return spawn(place, lambda: reverse("activate"))
+
+    assert spawner(act).result(BOUND) == "/app/activate-here/"
+
+
+@everywhere
+def test_next_task_does_not_reverse_urls_as_the_last_did(
+    place: Callable[..., Any], settings: Settings
+) -> None:
+    """Neither what a task was spawned with nor what it sets holds for the next one on its slot."""
+    settings.ROOT_URLCONF = (path("activate/", cast("Any", print), name="activate"),)
+    with mounted("/app/", URLS_OF_A_REQUEST):
+        run(place, lambda: set_script_prefix("/set-by-the-task/"))
+
+    assert run(place, lambda: reverse("activate")) == "/activate/"
 
 
 @by_anyone
@@ -407,6 +517,18 @@ def test_async_code_of_a_plain_task_does_not_use_the_loop_thread_of_the_request(
         theirs = run(in_async_to_sync, threading.current_thread)
 
     assert own is not theirs
+
+
+@contextmanager
+def mounted(prefix: str, urlconf: Any) -> Iterator[None]:
+    """Have the script prefix and the URL configuration of a request."""
+    set_script_prefix(prefix)
+    set_urlconf(urlconf)
+    try:
+        yield
+    finally:
+        set_script_prefix("/")
+        set_urlconf(None)
 
 
 # Tasks outlive what spawned them.

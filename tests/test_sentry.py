@@ -1,4 +1,4 @@
-"""Sentry: the error of a task carries the task's name and its spawner's trace, without any code of ours."""
+"""Sentry: the error of a task carries the task's name, its spawner's trace, and what the task has set."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from sentry_sdk.integrations.logging import LoggingIntegration  # noqa: E402  # 
 from sentry_sdk.transport import Transport  # noqa: E402
 
 import bgtasks  # noqa: E402
-from tests.gate import BOUND  # noqa: E402
+from tests.gate import BOUND, AsyncGate, Gate  # noqa: E402
 
 
 class Collected(Transport):
@@ -65,3 +65,45 @@ def test_error_of_a_task_has_its_name_and_its_spawners_trace(task: Any, sentry: 
     assert event["extra"]["outcome"] == "failed"
     assert event["exception"]["values"][-1]["value"] == "no such address"
     assert event["contexts"]["trace"]["trace_id"] == request.trace_id
+
+
+def tell(user: str) -> None:
+    sentry_sdk.set_user({"username": user})
+    sentry_sdk.set_tag("by", user)
+    sentry_sdk.get_current_scope().set_extra("set by", user)
+
+
+def fail_as(user: str, gate: Gate) -> None:
+    tell(user)
+    gate()
+    raise ValueError(user)
+
+
+async def fail_on_the_loop_as(user: str, gate: AsyncGate) -> None:
+    tell(user)
+    await gate()
+    raise ValueError(user)
+
+
+@pytest.mark.parametrize(("task", "kind"), [(fail_as, Gate), (fail_on_the_loop_as, AsyncGate)])
+def test_what_a_task_tells_sentry_is_of_that_task_only(task: Any, kind: Any, sentry: Any) -> None:
+    """Two tasks at once set a user and a tag each, and fail; then their request fails: each has its own."""
+    sentry_sdk.set_user({"username": "of the request"})
+    sentry_sdk.set_tag("site", "shop")
+    with kind() as gate:
+        for user in ("ada", "bob"):
+            bgtasks.spawn("set and fail", task, user, gate)
+        gate.wait_entered(2)
+    assert bgtasks.drain(BOUND)
+    sentry_sdk.capture_exception(ValueError("of the request"))
+
+    seen = {event["exception"]["values"][-1]["value"]: event for event in sentry.events}
+    assert {name: event["user"]["username"] for name, event in seen.items()} == {name: name for name in seen}
+    assert {name: event["tags"].get("by") for name, event in seen.items()} == {
+        "ada": "ada",
+        "bob": "bob",
+        "of the request": None,
+    }
+    assert [event["tags"]["site"] for event in seen.values()] == ["shop"] * 3
+    assert [seen[user]["extra"]["set by"] for user in ("ada", "bob")] == ["ada", "bob"]
+    assert "set by" not in seen["of the request"].get("extra", {})

@@ -16,12 +16,13 @@ import pytest
 from asgiref.sync import SyncToAsync, sync_to_async
 from django.core.cache import caches
 from django.db import connection, connections, transaction
+from django.urls import reverse
 from django.utils import timezone, translation
 from pytest_django import Settings
 
 import bgtasks
 from bgtasks import shortcuts
-from bgtasks.hooks import Scope
+from bgtasks.context import Scope
 from tests.background import (
     by_anyone,
     everywhere,
@@ -34,7 +35,7 @@ from tests.background import (
     spawn,
 )
 from tests.gate import BOUND
-from tests.test_hooks import RecordingCache
+from tests.test_hooks import URLS_OF_A_REQUEST, RecordingCache, mounted
 from tests.testapp.models import Note
 
 
@@ -56,21 +57,20 @@ def one_slot(settings: Settings) -> Iterator[None]:
 def without_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Know nothing of the inside of a Local: language and time zone are asked for and activated."""
     monkeypatch.setattr(shortcuts, "UNDERSTANDS_LOCAL", False)
-    for module in ("hooks", "submission"):
-        monkeypatch.setattr(f"bgtasks.{module}.capture", Scope.capture)
+    monkeypatch.setattr("bgtasks.context.capture", Scope.capture)
 
 
 @everywhere
 @by_anyone
 @pytest.mark.usefixtures("without_moved")
 def test_language_and_time_zone_are_passed_on(spawner: Callable[..., Any], place: Callable[..., Any]) -> None:
-    """A task speaks French and tells Tokyo's time if its spawner does, wherever both of them are."""
+    """A task speaks French, tells Tokyo's time and reverses URLs if its spawner does, wherever both are."""
 
     def act() -> Any:
-        with translation.override("fr"), timezone.override("Asia/Tokyo"):
-            return spawn(place, lambda: (january(), hour()))
+        with translation.override("fr"), timezone.override("Asia/Tokyo"), mounted("/app/", URLS_OF_A_REQUEST):
+            return spawn(place, lambda: (january(), hour(), reverse("activate")))
 
-    assert spawner(act).result(BOUND) == ("janvier", 21)
+    assert spawner(act).result(BOUND) == ("janvier", 21, "/app/activate-here/")
 
 
 @everywhere

@@ -48,6 +48,7 @@ class DropReason(enum.Enum):
     SHUTDOWN = "shutdown"
     NO_THREAD = "no_thread"
     NO_LOOP = "no_loop"
+    PROPAGATOR = "propagator"  # one could not capture its value
 
 
 class NameFigures:

@@ -17,7 +17,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from contextvars import Context, copy_context
+from contextvars import Context
 from functools import partial
 from time import monotonic
 from typing import Any, cast
@@ -133,7 +133,7 @@ class Slot(SlotState):
                 task.discard()  # a shutdown has given it up
                 outcome = Outcome.CANCELLED
         else:
-            cast(Context, self._context).run(self._enter, task)
+            cast(Context, self._context).run(self.pool.hooks.attach, task.captured)
             outcome = self._conclude_coroutine(task)
         self._forget()
         return outcome
@@ -143,8 +143,8 @@ class Slot(SlotState):
         hooks = self.pool.hooks
         error: BaseException | None = None
         coroutine: Coroutine[Any, Any, Any] | None = None
-        self._enter(task)
         try:
+            self._enter(task)
             if hooks.watched():
                 task.watched = True
                 hooks.started(task)
@@ -152,13 +152,13 @@ class Slot(SlotState):
             coroutine = None if result is None else self._coroutine(task, result)
             if coroutine is not None:
                 task.function, task.asynchronous, self.calls.used = coroutine, True, True
-                self._leave_for_other_thread(task)
+                hooks.detach()
                 return None
             outcome = Outcome.SUCCEEDED
         except BaseException as exception:
             outcome, error = Outcome.FAILED, exception
-            if coroutine is not None:
-                coroutine.close()  # an exception from outside has come before the task could go on as it
+            task.function = coroutine or task.function
+            task.discard()
         self._conclude(task, outcome, error)
         del error  # its traceback refers to this frame, and this frame to it
         return outcome
@@ -166,11 +166,6 @@ class Slot(SlotState):
     def _enter(self, task: Task) -> None:
         self.pool.hooks.enter(task.context, task.captured)
         current.set(weakref.ref(task))
-
-    def _leave_for_other_thread(self, task: Task) -> None:
-        """Note what ``_enter`` needs to go on in this context on another thread."""
-        task.context, task.captured = copy_context(), self.pool.hooks.capture()
-        self.pool.hooks.leave()
 
     def _coroutine(self, task: Task, result: object) -> Coroutine[Any, Any, Any] | None:
         coroutine = as_coroutine(result)
@@ -240,12 +235,13 @@ class Slot(SlotState):
         for _ in range(BURST):
             if task is None:
                 return
-            if self._context is None:  # it was not begun on the thread
-                if self.pool.hooks.watched():
+            begun = self._context is not None  # on the thread
+            if not begun:
+                if self.pool.hooks.needs_thread(task):
                     self._return_to_thread(task)
                     return
                 self._context, self.calls.used = Context(), False
-            runner = _new_runner(self._arun(task), loop=loop, context=self._context)
+            runner = _new_runner(self._arun(task, begun), loop=loop, context=self._context)
             if not runner.done():
                 task.runner = runner
                 if task.stop_reason is not None:
@@ -255,26 +251,31 @@ class Slot(SlotState):
             task = self._finish(task, runner)
         loop.call_soon(self.run, task, context=Context())
 
-    async def _arun(self, task: Task) -> None:
+    async def _arun(self, task: Task, begun: bool) -> None:
         """Await the task's coroutine, with the slot as the thread of its ORM calls, and note how it ended."""
-        self._enter(task)
         timer: asyncio.TimerHandle | None = None
-        with self._new_context():
-            if self.pool.task_timeout is not None:
-                left = task.started_at + self.pool.task_timeout - monotonic()
-                call_later = asyncio.get_running_loop().call_later
-                timer = call_later(left, self._stop_task, task, Outcome.TIMED_OUT, context=Context())
-            try:
+        try:
+            if begun:
+                self.pool.hooks.attach(task.captured)
+            else:
+                self._enter(task)
+            with self._new_context():
+                if self.pool.task_timeout is not None:
+                    timer = self._start_timer(task, self.pool.task_timeout)
                 await task.call()
-                self._ended = Outcome.TIMED_OUT if task.overran else Outcome.SUCCEEDED, None
-            except BaseException as error:
-                outcome = task.stop_reason or Outcome.FAILED
-                self._ended = (
-                    outcome,
-                    None if outcome is Outcome.CANCELLED else error,
-                )  # a shutdown reports it
-            if timer is not None:
-                timer.cancel()
+            self._ended = Outcome.TIMED_OUT if task.overran else Outcome.SUCCEEDED, None
+        except BaseException as error:
+            task.discard()
+            outcome = task.stop_reason or Outcome.FAILED
+            # What was cancelled by a shutdown is reported by that.
+            self._ended = outcome, None if outcome is Outcome.CANCELLED else error
+        if timer is not None:
+            timer.cancel()
+
+    def _start_timer(self, task: Task, task_timeout: float) -> asyncio.TimerHandle:
+        left = task.started_at + task_timeout - monotonic()
+        loop = asyncio.get_running_loop()
+        return loop.call_later(left, self._stop_task, task, Outcome.TIMED_OUT, context=Context())
 
     def _stop_task(self, task: Task, reason: Outcome) -> None:
         """Cancel an asynchronous `task` that has not ended, for this `reason`."""
@@ -295,7 +296,7 @@ class Slot(SlotState):
             task.discard()  # it has not even begun, or something of ours has failed
             self._ended = task.stop_reason or Outcome.FAILED, error
         if self.calls.used:
-            cast(Context, self._context).run(self._leave_for_other_thread, task)
+            cast(Context, self._context).run(self.pool.hooks.detach)
             self._return_to_thread(task)
             return None
         outcome = self._conclude_coroutine(task)

@@ -138,18 +138,25 @@ def current_task() -> Task | None:
 
 
 class Hooks:
-    """What the core asks of the application around it. No hook may raise. These do next to nothing."""
-
-    def capture(self) -> object:
-        """Return what ``enter`` needs beside a copy of the caller's context."""
+    """What the core asks of the application around it. No hook may raise, but for ``enter``."""
 
     def enter(self, context: Context, captured: object) -> None:  # noqa: ARG002
-        """Make the current context the task's, of what was captured where it was spawned."""
+        """Make the current context, a new one, the task's. If it raises, the task has failed, and not run."""
         for variable, value in context.items():
             variable.set(value)
 
     def leave(self) -> None:
-        """Let go of what the task's context holds open. Called inside the task's context."""
+        """Let go of what the task's context holds. Called inside it, on the thread of ``enter``."""
+
+    def needs_thread(self, task: Task) -> bool:  # noqa: ARG002
+        """Tell whether ``enter`` and ``leave`` of a coroutine shall be called on the slot's thread."""
+        return self.watched()
+
+    def attach(self, captured: object) -> None:
+        """Go on in the task's context on this thread."""
+
+    def detach(self) -> None:
+        """Go on in the task's context on another thread."""
 
     def slot_context(self, slot: Executor) -> Callable[[], AbstractContextManager[None]]:  # noqa: ARG002
         """Return what makes the context, one a task, in which `slot` has the thread-sensitive calls."""

@@ -17,9 +17,9 @@ from django.db import InterfaceError, OperationalError, connections, router, tra
 from django.utils.module_loading import import_string
 
 from bgtasks.core.log import log
-from bgtasks.core.task import Hooks, Task
+from bgtasks.core.task import Task
 from bgtasks.handoff import payload
-from bgtasks.handoff.payload import CannotTravelError, Locale
+from bgtasks.handoff.payload import CannotTravelError, Surroundings
 from bgtasks.hooks import Recorded
 
 NAMES = 1000  # names of tasks that cannot travel which are told apart
@@ -68,10 +68,9 @@ class Parcel:
 class Engine:
     """The engine of one pool. Called on the mover's thread only."""
 
-    def __init__(self, alias: str, pool: str, hooks: Hooks) -> None:
+    def __init__(self, alias: str, pool: str) -> None:
         self.alias = alias  # in TASKS
         self._pool = pool
-        self._hooks = hooks
         self._logged: set[str] = set()  # names of tasks of which it was logged that they cannot travel
 
     # Packing.
@@ -101,7 +100,7 @@ class Engine:
         return new
 
     def _content(self, task: Task) -> Content:
-        locale = payload.locale_of(self._hooks, task)
+        along = payload.surroundings_of(task)
         engine = backend(self.alias)
         function = task.function
         if isinstance(function, Recorded):
@@ -113,18 +112,18 @@ class Engine:
             raise CannotTravelError(reason)
         if known is None:
             path, queue = payload.path_of(function), queue_name(engine, self._pool)
-            return self._signed(path, args, kwargs, locale, queue)
+            return self._signed(path, args, kwargs, along, queue)
         # The signed one is a plain function, which every engine can run, and which every worker has.
         asynchronous = iscoroutinefunction(known.func) and not engine.supports_async_task
-        if asynchronous or locale != payload.DEFAULT_LOCALE or not _runs_by_path(engine):
-            return self._signed(known.module_path, args, kwargs, locale, known.queue_name)
+        if asynchronous or along != payload.NO_SURROUNDINGS or not _runs_by_path(engine):
+            return self._signed(known.module_path, args, kwargs, along, known.queue_name)
         return Content(_using(known, self.alias, known.queue_name), args, kwargs)
 
     def _signed(
-        self, path: str, args: list[Any], kwargs: dict[str, Any], locale: Locale, queue: str
+        self, path: str, args: list[Any], kwargs: dict[str, Any], along: Surroundings, queue: str
     ) -> Content:
         carrier = import_string("bgtasks.tasks.run_function")
-        return Content(_using(carrier, self.alias, queue), [payload.sign(path, args, kwargs, locale)], {})
+        return Content(_using(carrier, self.alias, queue), [payload.sign(path, args, kwargs, along)], {})
 
     # Sending.
 

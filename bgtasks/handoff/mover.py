@@ -19,6 +19,7 @@ from contextvars import Context
 from time import monotonic
 from weakref import WeakSet
 
+from bgtasks.context import fill
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log, logger
 from bgtasks.core.loop import Loop
@@ -286,7 +287,7 @@ class Mover:
         Context().run(self._tell, task)
 
     def _tell(self, task: Task) -> None:
-        self.hooks.enter(task.context, task.captured)
+        fill(task.context, task.captured)
         self.hooks.finished(task, Outcome.HANDED_OFF, None)
         self.hooks.leave()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import Context
 from datetime import timedelta, tzinfo
 from datetime import timezone as fixed_timezone
@@ -23,11 +23,14 @@ from asgiref.sync import async_to_sync
 from django.conf import settings
 from django.core import signing
 from django.db import models
+from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
 from django.utils import timezone, translation
 from django.utils.module_loading import import_string
 
+from bgtasks import propagators
+from bgtasks.context import Captured, fill
 from bgtasks.core.log import escaped
-from bgtasks.core.task import Hooks, Task, as_coroutine
+from bgtasks.core.task import Task, as_coroutine
 from bgtasks.django_tasks import call_with_context, is_task
 from bgtasks.exceptions import PayloadError
 
@@ -44,14 +47,17 @@ class CannotTravelError(Exception):
     """A task has to run in this process; the message says why, and is logged."""
 
 
-class Locale(NamedTuple):
-    """The language and time zone that travel along; None is the default of the settings."""
+class Surroundings(NamedTuple):
+    """What travels along with a call; None is what a worker has by itself."""
 
-    language: list[str | None] | None
-    time_zone: str | int | None
+    language: list[str | None] | None = None
+    time_zone: str | int | None = None
+    script_prefix: str | None = None
+    urlconf: str | None = None
+    carried: dict[str, Any] | None = None  # values of propagators, by their paths
 
 
-DEFAULT_LOCALE = Locale(None, None)
+NO_SURROUNDINGS = Surroundings()
 
 
 # What can travel.
@@ -131,26 +137,50 @@ def path_of(function: Any) -> str:
     return f"{function.__module__}.{name}"
 
 
-# Language and time zone.
+# What travels along.
 
 
-def locale_of(hooks: Hooks, task: Task) -> Locale:
-    """Return the language and time zone that were active where `task` was spawned.
+def surroundings_of(task: Task) -> Surroundings:
+    """Return the language, time zone, URLs and propagated values of the place where `task` was spawned.
 
     Raises:
-        CannotTravelError: The time zone has no name.
+        CannotTravelError: One of them cannot be told to a worker.
     """
-    return Context().run(_locale, hooks, task)
+    return Context().run(_surroundings, task)
 
 
-def _locale(hooks: Hooks, task: Task) -> Locale:
-    hooks.enter(task.context, task.captured)
+def _surroundings(task: Task) -> Surroundings:
+    fill(task.context, task.captured)
     language = translation.get_language()
     zone = timezone.get_current_timezone()
-    return Locale(
+    prefix = get_script_prefix()
+    return Surroundings(
         None if language == settings.LANGUAGE_CODE else [language],
         None if zone == timezone.get_default_timezone() else _zone_name(zone),
+        None if prefix == "/" else prefix,
+        _urlconf_name(get_urlconf()),
+        _carried(task.captured),
     )
+
+
+def _urlconf_name(urlconf: Any) -> str | None:
+    if urlconf is None or urlconf == settings.ROOT_URLCONF:
+        return None
+    if not isinstance(urlconf, str):
+        raise CannotTravelError("its URL configuration is not the name of a module")
+    return urlconf
+
+
+def _carried(captured: object) -> dict[str, Any] | None:
+    if not isinstance(captured, Captured):
+        return None
+    for path, _, value in captured.carried:
+        if why_not_json(value) is not None:
+            kind = _name_of(value)
+            raise CannotTravelError(
+                f"the propagator {path!r} carries a {kind}, which does not come out of JSON as it went in"
+            )
+    return {path: value for path, _, value in captured.carried}
 
 
 def _zone_name(zone: tzinfo) -> str | int:
@@ -171,9 +201,11 @@ def _zone(name: str | int | None) -> tzinfo:
 # Signed payloads.
 
 
-def sign(path: str, args: list[Any], kwargs: dict[str, Any], locale: Locale) -> str:
+def sign(path: str, args: list[Any], kwargs: dict[str, Any], along: Surroundings) -> str:
     """Return a call of the function at `path` as text that nobody without the SECRET_KEY can make."""
-    payload = {"f": path, "a": args, "k": kwargs, "l": locale.language, "z": locale.time_zone}
+    payload = {"f": path, "a": args, "k": kwargs, "l": along.language, "z": along.time_zone}
+    rest = {"s": along.script_prefix, "u": along.urlconf, "p": along.carried}
+    payload |= {key: value for key, value in rest.items() if value is not None}
     return signing.dumps(payload, salt=SALT, compress=True)
 
 
@@ -220,7 +252,8 @@ def run(context: Any, text: str) -> Any:
         function = task.func
         if task.takes_context:
             args = [_context_for(task, context, args, kwargs), *args]
-    with _active(payload["l"], payload["z"]):
+    along = Surroundings(*map(payload.get, "lzsup"))
+    with _active(along):
         if iscoroutinefunction(function):
             value = async_to_sync(function)(*args, **kwargs)
         else:
@@ -246,7 +279,16 @@ def _context_for(task: Any, context: Any, args: list[Any], kwargs: dict[str, Any
 
 
 @contextmanager
-def _active(language: list[str | None] | None, zone: str | int | None) -> Generator[None]:
-    tag = settings.LANGUAGE_CODE if language is None else language[0]
-    with translation.override(cast(Any, tag)), timezone.override(_zone(zone)):
+def _active(along: Surroundings) -> Generator[None]:
+    tag = settings.LANGUAGE_CODE if along.language is None else along.language[0]
+    carried = propagators.named(along.carried or {})
+    with ExitStack() as stack:
+        stack.enter_context(translation.override(cast(Any, tag)))
+        stack.enter_context(timezone.override(_zone(along.time_zone)))
+        stack.callback(set_script_prefix, get_script_prefix())
+        set_script_prefix(along.script_prefix or get_script_prefix())
+        stack.callback(set_urlconf, get_urlconf())
+        set_urlconf(along.urlconf or get_urlconf())
+        for _, propagator, value in carried:
+            stack.enter_context(propagator.restore(value))
         yield

@@ -4,6 +4,7 @@
 
     thread     a thread that lives only while it has something to do
     publisher  publishes a snapshot of this process through Django's cache
+    cache      the cache with keys that are the same in the whole site
     snapshot   what a process shows of itself
     overview   what all processes of the site show
     watchdog   reports plain functions that run for too long

@@ -18,6 +18,7 @@ from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
 from bgtasks.hooks import LAST
 from bgtasks.monitoring import snapshot
+from bgtasks.monitoring.cache import site_cache
 from bgtasks.monitoring.figures import Times
 from bgtasks.monitoring.publisher import HISTORY, PLACES, Publisher, pause_key, place_key, snapshot_key
 
@@ -99,9 +100,9 @@ def _backend(alias: str) -> str:
 
 
 def _published(alias: str) -> list[Json]:
-    cache = caches[alias]
-    places = cache.get_many([place_key(number) for number in range(PLACES)])
-    texts = cache.get_many([snapshot_key(str(process)) for process in places.values()])
+    with site_cache(alias) as cache:
+        places = cache.get_many([place_key(number) for number in range(PLACES)])
+        texts = cache.get_many([snapshot_key(str(process)) for process in places.values()])
     return [
         content for text in texts.values() if (content := json.loads(text))["version"] == snapshot.VERSION
     ]
@@ -277,11 +278,11 @@ def set_paused(pools: OwnPools, pool: str, paused: bool, *, by: str) -> None:  #
     config = conf.snapshot_config()
     if config is None:
         raise LookupError("BGTASKS_SNAPSHOT is None, so a pool cannot be paused")
-    cache = caches[config.cache]
-    if paused:
-        cache.set(pause_key(pool), {"by": by, "at": time()}, None)
-    else:
-        cache.delete(pause_key(pool))
+    with site_cache(config.cache) as cache:
+        if paused:
+            cache.set(pause_key(pool), {"by": by, "at": time()}, None)
+        else:
+            cache.delete(pause_key(pool))
     pools.stats()
     for slots in pools.built():
         if slots.queue.pool != pool:

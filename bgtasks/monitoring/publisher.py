@@ -24,12 +24,12 @@ from urllib.parse import quote
 
 from django.core.cache import BaseCache, caches
 
-from bgtasks import conf
+from bgtasks import conf, database
 from bgtasks.core.drainer import FORK_PATIENCE, STOP_PATIENCE, Drainer
 from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
-from bgtasks.hooks import close_connections
 from bgtasks.monitoring import snapshot
+from bgtasks.monitoring.cache import site_cache
 from bgtasks.monitoring.figures import PoolStats, read_stats
 from bgtasks.monitoring.thread import MonitorThread
 
@@ -140,7 +140,7 @@ class Publisher(MonitorThread):
                 self._complain("the snapshot could not be published", error)
             finally:
                 # The connection of a database cache is nothing to keep between two beats.
-                close_connections()
+                database.close()
         return busy
 
     def _remember(self, now: float) -> None:
@@ -162,8 +162,7 @@ class Publisher(MonitorThread):
         pools = {pause_key(slots.queue.pool): slots.queue for slots in self._built()}
         content = encode(self.snapshot(idle=idle))
         # Nothing in here takes a pool's lock: a fork holds them all while it waits for this one.
-        with self._io:
-            cache = caches[alias]
+        with self._io, site_cache(alias) as cache:
             self._publish(cache, content)
             paused = cache.get_many(pools)
         for key, queue in pools.items():
@@ -198,10 +197,10 @@ class Publisher(MonitorThread):
         try:
             self._call_listeners()
             if place is not None and self.config is not None:
-                cache = caches[self.config.cache]
-                cache.delete(snapshot_key(self.identity.id))
-                if cache.get(place_key(place)) == self.identity.id:
-                    cache.delete(place_key(place))
+                with site_cache(self.config.cache) as cache:
+                    cache.delete(snapshot_key(self.identity.id))
+                    if cache.get(place_key(place)) == self.identity.id:
+                        cache.delete(place_key(place))
         except Exception as error:
             self._complain("the snapshot could not be taken back", error)
         finally:
@@ -214,7 +213,7 @@ class Publisher(MonitorThread):
                 cache.close()
         except Exception as error:
             self._complain("a cache could not be closed", error)
-        close_connections()
+        database.close()
 
     def _complain(self, what: str, error: BaseException | None) -> None:
         if monotonic() - self._complained_at >= COMPLAIN_INTERVAL:

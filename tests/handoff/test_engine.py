@@ -166,7 +166,7 @@ def test_an_error_of_ours_while_packing_keeps_the_task_here(monkeypatch: pytest.
     def broken(*args: Any) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(payload, "locale_of", broken)
+    monkeypatch.setattr(payload, "surroundings_of", broken)
     with Logs() as logs:
         engine = engine_of()
         for _ in range(3):

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime, timedelta, tzinfo
 from datetime import timezone as fixed
 from typing import Any, cast
@@ -12,11 +14,15 @@ import pytest
 pytest.importorskip("django.tasks", reason="django.tasks is new in 6.0")
 
 from django.core import signing
+from django.test import override_settings
+from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_urlconf
+from django.urls import path as url
 from django.utils import timezone, translation
 
 from bgtasks.exceptions import PayloadError
 from bgtasks.handoff import payload
-from bgtasks.handoff.payload import DEFAULT_LOCALE
+from bgtasks.handoff.payload import NO_SURROUNDINGS
+from bgtasks.propagators import Propagator
 from tests.handoff.worker import (
     anote,
     context_of,
@@ -146,7 +152,92 @@ def test_an_old_payload_is_not_run_any_more(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("path", ["tests.handoff.worker.gone", "tests.gone.note"])
 def test_a_function_that_is_not_there_is_named(path: Any) -> None:
     """A worker that runs other code than the site says which function it does not have."""
-    text = payload.sign(path, [], {}, DEFAULT_LOCALE)
+    text = payload.sign(path, [], {}, NO_SURROUNDINGS)
 
     with pytest.raises(PayloadError, match=rf"the function '{path}' cannot be imported here"):
         payload.run(None, text)
+
+
+# URLs and propagators.
+
+
+class Shop(Propagator):
+    """Carries the value in `shop`."""
+
+    def capture(self) -> Any:
+        return shop.get()
+
+    @contextmanager
+    def restore(self, value: Any) -> Iterator[None]:
+        ran.append(value)
+        yield
+        ran.append("left")
+
+
+shop: ContextVar[Any] = ContextVar("shop", default="of the worker")
+
+
+def note_urls() -> None:
+    ran.append([get_script_prefix(), get_urlconf()])
+
+
+@contextmanager
+def carrying(value: Any, *names: str) -> Iterator[None]:
+    """Spawn, in a context of its own, with this value and these propagators."""
+    token = shop.set(value)
+    with override_settings(BGTASKS_PROPAGATORS=[f"{__name__}.{name}" for name in names]):
+        yield
+    shop.reset(token)
+
+
+def test_script_prefix_and_urlconf_travel_along() -> None:
+    """A worker reverses URLs as the request does that has spawned the task, and only for that task."""
+    set_script_prefix("/app/")
+    set_urlconf("tests.site.urls")
+    try:
+        content = packed(note_urls)
+    finally:
+        set_script_prefix("/")
+        set_urlconf(None)
+    payload.run(None, content.args[0])
+
+    assert ran == [["/app/", "tests.site.urls"]]
+    assert (get_script_prefix(), get_urlconf()) == ("/", None)
+
+
+def test_urlconf_without_a_name_keeps_the_task_here() -> None:
+    """A worker could not find it."""
+    set_urlconf(cast(Any, (url("", cast(Any, print)),)))
+    try:
+        assert packed(note_urls) is None
+    finally:
+        set_urlconf(None)
+
+
+@pytest.mark.parametrize(("function", "args"), [(note, []), (anote, ["text"]), (tasks.answer, [])])
+def test_values_of_propagators_travel_along(function: Any, args: Any) -> None:
+    """They are restored around the function on the worker, also for one that would travel by its path."""
+    with carrying({"id": 5}, "Shop"):
+        content = packed(function, *args)
+        payload.run(context_of(content.task, {"args": [], "kwargs": {}}), content.args[0])
+
+    assert ran[0] == {"id": 5}
+    assert ran[-1] == "left"
+
+
+def test_value_that_is_no_json_keeps_the_task_here(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning says which propagator it is, and shows no value."""
+    with carrying((1, 2), "Shop"):
+        assert packed(note) is None
+
+    assert f"the propagator '{__name__}.Shop' carries a tuple" in caplog.text
+
+
+def test_worker_without_the_propagator_runs_nothing() -> None:
+    """A task that has lost its tenant must not run in another one."""
+    with carrying("ada", "Shop"):
+        content = packed(note)
+
+    with pytest.raises(PayloadError, match=f"BGTASKS_PROPAGATORS does not name '{__name__}.Shop' here"):
+        payload.run(None, content.args[0])
+    assert ran == []

@@ -11,7 +11,6 @@ from django.utils import timezone, translation
 from django.utils.module_loading import import_string
 
 from bgtasks.handoff.engine import Engine
-from bgtasks.hooks import DjangoHooks
 from bgtasks.submission import make_task
 from tests import broker
 from tests.testapp.engines import make_result
@@ -72,7 +71,7 @@ def return_awaitable(what: str) -> Any:
 
 def engine_of(alias: str = "table", pool: str = "default") -> Engine:
     """Return an engine for tests that need no pool."""
-    return Engine(alias, pool, DjangoHooks(None))
+    return Engine(alias, pool)
 
 
 def packed(function: Any, *args: Any, alias: str = "table", **kwargs: Any) -> Any:

@@ -3,12 +3,14 @@
 import gc
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, cast
 
 import pytest
 from django.core.cache import BaseCache, caches
 from django.core.management import call_command
 from django.db import connection, connections
+from django.test import override_settings
 from pytest_django import Settings
 
 from bgtasks.monitoring import overview, publisher
@@ -134,6 +136,37 @@ def test_snapshots_in_files(
     files = tmp_path_factory.mktemp("cache")
     cache = use(settings, "django.core.cache.backends.filebased.FileBasedCache", str(files))
     check_snapshots(cache, monkeypatch)
+
+
+def test_snapshots_are_seen_from_every_tenant(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A key function that knows the tenant of the caller hides no process, from the page and the command."""
+    files = tmp_path_factory.mktemp("cache")
+    use(settings, "django.core.cache.backends.filebased.FileBasedCache", str(files))
+    with override_settings(CACHES={"default": {**settings.CACHES["default"], "KEY_FUNCTION": key_of_tenant}}):
+        tenant.set("ada")  # the publisher's thread has none
+        with Observed(conn_max=1) as core, Gate() as gate:
+            core.spawn("held", gate)
+            gate.wait_entered()
+            wait_until(lambda: (pool := seen(core)) and pool["running"])
+            overview.set_paused(pools, "core", True, by="ada")
+            core.logs.wait("pool 'core' is paused")
+            overview.set_paused(pools, "core", False, by="ada")
+            core.logs.wait("pool 'core' is resumed")
+            gate.open()
+            core.wait_idle()
+            core.publisher.leave()
+
+            assert seen(core) is None
+        tenant.set(None)
+
+
+tenant: ContextVar[Any] = ContextVar("tenant", default=None)
+
+
+def key_of_tenant(key: str, key_prefix: str, version: int) -> str:
+    return f"{tenant.get()}:{key_prefix}:{version}:{key}"
 
 
 @pytest.fixture

@@ -339,7 +339,9 @@
 
   function updateDrops(part, drops) {
     part.hidden = drops.length === 0;
-    const why = { full: "queue full", shutdown: "shut down", no_thread: "no thread", no_loop: "no event loop" };
+    const why = {
+      full: "queue full", shutdown: "shut down", no_thread: "no thread", no_loop: "no event loop", propagator: "propagator failed",
+    };
     sync(part.querySelector("tbody"), drops, (drop) => `${processName(drop)} ${drop.reason} ${drop.name}`,
       () => element("tr"),
       (row, drop) => cells(row,
