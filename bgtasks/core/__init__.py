@@ -4,14 +4,14 @@ A task's way through the modules::
 
     task      what was spawned
     lock      the lock of a pool
-    places    the states of a queue, and the places of its slots
     drain     what a step is, and who waits for tasks to end
     queue     every step of a task from one place to the next, each under the pool's one lock
     slots     the threads that run plain functions and serve coroutines
+    calls     what a coroutine calls on its slot's thread
     loop      the drainer's thread and event loop, on which coroutines run
-    drainer   starts and stops all threads, and steps aside before a fork
+    drainer   starts and stops all threads
     shutdown  how a pool ends
-    pace      how tasks that compute leave the GIL to others
+    pace      the pauses between tasks that compute
     figures   what is counted
     log       what is logged
 """
