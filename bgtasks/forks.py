@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from functools import partial
 from time import monotonic, sleep
 
+from bgtasks import shortcuts
+from bgtasks.child import end_child
 from bgtasks.core import drainer as drainers
 from bgtasks.core.drainer import Drainer, join
 from bgtasks.core.slots import Slots
@@ -75,6 +78,10 @@ class Forks:
         for pool in self._held:
             for task in [*pool.queue.checked_out, *pool.queue.waiting]:
                 task.discard()
+        drainer.loop.end_child = end_child
+        if threading.current_thread() is drainer.loop.thread and drainer.loop.running is not None:
+            waits = RuntimeError("a coroutine that has forked cannot wait in the child")
+            shortcuts.call_next(drainer.loop.running, partial(end_child, waits))
         if drainer.loop.running is not None:
             # If they were collected here, the parent's coroutines would run their finally blocks in this
             # process, and a loop closed here would be deaf in the parent: the two share an epoll object.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
@@ -20,6 +21,7 @@ from django.dispatch import Signal
 
 from bgtasks import context as task_context
 from bgtasks import database, propagators, shortcuts
+from bgtasks.child import end_child
 from bgtasks.core.figures import DropReason, Outcome
 from bgtasks.core.log import escaped, log, logger
 from bgtasks.core.task import Hooks, Task
@@ -72,10 +74,17 @@ class Helpers(ThreadPoolExecutor):
 
 
 def _call_and_close(fn: Callable[[], T]) -> T:
+    process, error = os.getpid(), None
     try:
         return fn()
+    except BaseException as exception:
+        error = exception
+        raise
     finally:
+        if os.getpid() != process:
+            end_child(error)
         database.close()
+        del error  # its traceback refers to this frame
 
 
 class Recorded(ABC):

@@ -140,8 +140,8 @@ class Pools(Waitable, Mapping[str, Pool]):
 
     def _after_fork_in_child(self) -> None:
         self._adding = new_lock()
-        database.let_go_of_inherited()
         self._forks.after_fork_in_child()
+        database.let_go_of_inherited()
         for pool in self._handles:
             pool.forget()
 

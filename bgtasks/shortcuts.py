@@ -11,7 +11,8 @@ short cut             the way through public names                gain
 ``has_caches``        ``caches.all()``                            2.4 µs a task
 ====================  ==========================================  =============================
 
-``take_connection_pools`` has no other way: Django can only close a pool, and a forked child must not.
+``take_connection_pools`` has no other way: Django can only close a pool, and a forked child must not. Nor
+has ``call_next``: with ``call_soon`` a child would first run what was due on its parent's loop.
 
 Where something private has changed, the public names are used. That is found out by a try: for the first two
 as this module is imported, for the others at each call.
@@ -19,6 +20,7 @@ as this module is imported, for the others at each call.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 import weakref
@@ -169,6 +171,18 @@ class SlotContexts:
     def __call__(self) -> AbstractContextManager[None]:
         """Return the context of one task."""
         return _SlotContext(self._slot)
+
+
+# The loop of a child that was forked by a coroutine.
+
+
+def call_next(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Have the running `loop` call `callback` before all that it was to call: it then ends the process."""
+    private: Any = loop
+    try:
+        private._ready.appendleft(asyncio.Handle(callback, (), loop))
+    except AttributeError:
+        loop.call_soon(callback)
 
 
 # Connections of a thread.

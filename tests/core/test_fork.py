@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.conf import settings
 
 import bgtasks
@@ -320,15 +322,16 @@ def script_forks_under_load() -> list[Any]:
             thread.start()
         for thread in forkers:
             thread.join()
-    fresh = sum(child == FRESH for of in children for child in of)
-    return [fresh, len(spawners.ran) - spawners.accepted, spawn_and_drain()[:3]]
+    other = [child for of in children for child in of if child != FRESH]
+    forks = sum(map(len, children))
+    return [forks, other, len(spawners.ran) - spawners.accepted, spawn_and_drain()[:3]]
 
 
 def test_many_forks_under_load() -> None:
     """Several threads fork and spawn at once: no child finds a lock held, and the parent goes on."""
     result, _ = run_function(script_forks_under_load, env=BUSY)
 
-    assert result == [FORKERS * FORKS, 0, FRESH[:3]]
+    assert result == [FORKERS * FORKS, [], 0, FRESH[:3]]
 
 
 def script_spawn_by_a_signal_handler() -> list[Any]:
@@ -522,3 +525,89 @@ def test_child_of_a_process_that_is_shut_down_is_open() -> None:
     result, _ = run_function(script_closed)
 
     assert result == [False, FRESH]
+
+
+# Forks inside a task.
+
+
+class ForkingTasks:
+    """Tasks that fork: their children note the lines that they come to, and end as they are told."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.parent = os.getpid()
+
+    def note(self, line: str) -> None:
+        with Path(self.path).open("a") as file:
+            file.write(f"{'parent' if os.getpid() == self.parent else 'child'} {line}\n")
+
+    def fork(self, end: str) -> None:
+        if os.fork():
+            return
+        self.note(f"forked {end}")
+        if end == "raises":
+            raise ValueError("in the child")
+        if end == "exits":
+            raise SystemExit(7)
+
+    async def afork(self, end: str) -> None:
+        self.fork(end)
+
+    async def fork_in_call(self, end: str) -> None:
+        await sync_to_async(self.fork)(end)
+
+    async def fork_in_thread(self, end: str) -> None:
+        await asyncio.to_thread(self.fork, end)
+
+    async def sleep(self, number: int) -> None:
+        try:
+            await asyncio.sleep(0.3)
+        finally:
+            self.note(f"slept {number}")
+
+
+def script_task_that_forks() -> list[Any]:
+    kind, end, path = (os.environ[name] for name in ("FORK_KIND", "FORK_END", "FORK_NOTES"))
+    tasks = ForkingTasks(path)
+    statuses: list[int] = []
+    for number in range(3):
+        bgtasks.spawn("sleeps", tasks.sleep, number)
+    bgtasks.spawn("forks", getattr(tasks, kind), end)
+    for number in range(5):
+        bgtasks.spawn("plain", tasks.note, f"plain {number}")
+    drained = bgtasks.drain(BOUND)
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]))
+    return [drained, statuses, bgtasks.stats()["default"].succeeded]
+
+
+@pytest.mark.parametrize(("end", "status"), [("returns", 0), ("raises", 1), ("exits", 7)])
+@pytest.mark.parametrize("kind", ["fork", "afork", "fork_in_call", "fork_in_thread"])
+def test_child_of_a_task_ends_as_its_own_code_ends(kind: str, end: str, status: int, tmp_path: Path) -> None:
+    """A child that is forked inside a task runs nothing of its parent's; its status says how it ended."""
+    path = tmp_path / "notes"
+
+    env = {"FORK_KIND": kind, "FORK_END": end, "FORK_NOTES": str(path)}
+    result, _ = run_function(script_task_that_forks, env=BUSY | env)
+
+    assert result == [True, [status], 9]
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if line.startswith("child")] == [f"child forked {end}"]
+    assert len(lines) == 9
+
+
+def script_coroutine_that_forks_and_waits() -> list[Any]:
+    async def fork_and_wait() -> None:
+        os.fork()
+        await asyncio.sleep(0)
+
+    bgtasks.spawn("forks", fork_and_wait)
+    drained = bgtasks.drain(BOUND)
+    return [drained, os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1])]
+
+
+def test_child_of_a_coroutine_cannot_wait() -> None:
+    """It has no event loop: that of its parent is the parent's. So it ends, and says why."""
+    result, output = run_function(script_coroutine_that_forks_and_waits, env=BUSY)
+
+    assert result == [True, 1]
+    assert "a coroutine that has forked cannot wait in the child" in output
