@@ -50,6 +50,8 @@ class Forks:
         if loop is not None and asyncio.all_tasks(loop):
             return False  # coroutines that tasks have left behind, and that would be cancelled
         deadline = monotonic() + drainers.FORK_PATIENCE
+        if any(pool.queue.waiting and not pool.queue.paused for pool in pools):
+            return False  # slots are about to take what waits, or about to be started for it
         for pool in pools:
             while not pool.step_aside_if_idle():
                 if pool.queue.running() or pool.queue.checked_out or monotonic() >= deadline:

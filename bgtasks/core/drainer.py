@@ -112,8 +112,9 @@ class Drainer:
 
     def _start_wanted(self) -> None:
         try:
-            self.start()
-            self.open(self._wanted)
+            with self.lock:  # or a fork in between would end what has just been started
+                self.start()
+                self.open(self._wanted)
         except BaseException as error:
             self._wanted.clear()  # the next spawn tries again
             log(logging.ERROR, "the drainer could not be started", error=error)

@@ -123,9 +123,11 @@ class Slot(SlotState):
     def _run(self, task: Task) -> Outcome | None:
         """Begin or conclude `task`, and return how it ended; None if the loop goes on with it."""
         if self._ended is None:
-            self._freshen()
-            self._context = Context()
-            outcome = self._context.run(self._begin, task)
+            outcome: Outcome | None = None
+            if not task.asynchronous or self.pool.hooks.needs_thread(task):
+                self._freshen()
+                self._context = Context()
+                outcome = self._context.run(self._begin, task)
             if outcome is None:
                 lent = self.queue.move(self, task, Place.THREAD, Place.LENT)
                 if lent and self.pool.loop.call_soon(self._run_lent, task):
@@ -207,9 +209,9 @@ class Slot(SlotState):
     def _recover(self, error: BaseException) -> None:
         """Go on after an exception from outside: the task it has hit ends as failed, or as what it was."""
         log(logging.ERROR, "slot %r was interrupted; it goes on", self.name, error=error)
+        task = self.queue.interrupted(self)  # first, or the loop may begin what is lent to it
         self.queue.repair()
         self.calls.recover(error)
-        task = self.queue.interrupted(self)
         if task is not None:
             self._forget()
             if task.verdict is None:
