@@ -17,12 +17,14 @@ from bgtasks import propagators, shortcuts
 from bgtasks.core.log import log
 from bgtasks.propagators import Carried, Propagator
 
+LOCAL = "asgiref.local"  # the name of the context variable of each Local
+
 # What a copied context carries of the spawner's thread, by the names of asgiref's context variables:
 # thread-tagged storage (it holds the request's cache connections, which sync_to_async would bring to life
 # again inside the task) and the executor on which the request runs its thread-sensitive calls.
 THREAD_BOUND = frozenset(
     {
-        *("asgiref.local", "async_single_thread_context", "deadlock_context", "thread_sensitive_context"),
+        *(LOCAL, "async_single_thread_context", "deadlock_context", "thread_sensitive_context"),
         propagators.restored.name,  # by the task that spawns this one
     }
 )
@@ -36,6 +38,8 @@ FORKED = {
     "isolation_scope": ("sentry_sdk.scope", "fork"),
     "current_scope": ("sentry_sdk.scope", "fork"),
 }
+
+NOTHING = (None, None, None, None)
 
 SPECIAL = THREAD_BOUND | FORKED.keys()
 
@@ -125,7 +129,7 @@ def enter(context: Context, captured: object) -> None:
         BaseException: What a propagator has raised: the task has failed.
     """
     fill(context, captured)
-    if isinstance(captured, Captured):
+    if type(captured) is Captured:
         propagators.enter(captured.carried)
     elif captured is FAILED:
         raise RuntimeError("a propagator could not capture its value")
@@ -134,10 +138,10 @@ def enter(context: Context, captured: object) -> None:
 def attach(captured: object) -> None:
     """Make the scope of a task visible on this thread, where it goes on in its context."""
     if shortcuts.UNDERSTANDS_LOCAL:
-        scope = shortcuts.scope_variables()
+        scope, here = shortcuts.scope_variables(), get_ident()
         for variable, value in copy_context().items():
             if variable in scope:
-                variable.set(shortcuts.moved(value))
+                variable.set(shortcuts.moved(value, here))
     else:
         own = captured.scope if isinstance(captured, Captured) else captured
         if isinstance(own, Scope):
@@ -149,18 +153,22 @@ def fill(context: Context, captured: object) -> None:
 
     What else is bound to the spawner's thread stays behind. Propagators are left out.
     """
-    tag = captured.scope if isinstance(captured, Captured) else captured
-    scope = shortcuts.scope_variables() if shortcuts.UNDERSTANDS_LOCAL else ()
+    tag = captured.scope if type(captured) is Captured else captured
+    moves, here = shortcuts.UNDERSTANDS_LOCAL, get_ident()
+    language, time_zone, prefix, urlconf = shortcuts.scope_variables() if moves else NOTHING
     for variable, value in context.items():
         name = variable.name
-        if name not in SPECIAL:
+        if name == LOCAL:
+            # Data with another thread's tag was not the spawner's: it had only inherited it.
+            if (
+                variable is language or variable is time_zone or variable is prefix or variable is urlconf
+            ) and value.thread_id == tag:
+                variable.set(shortcuts.moved(value, here))
+        elif name not in SPECIAL:
             variable.set(value)
         elif name in FORKED:
             variable.set(_forked(name, value))
-        # Data with another thread's tag was not the spawner's: it had only inherited it.
-        elif variable in scope and value.thread_id == tag:
-            variable.set(shortcuts.moved(value))
-    if isinstance(tag, Scope):
+    if not moves and type(tag) is Scope:
         tag.activate()
 
 

@@ -179,7 +179,8 @@ class DjangoHooks(Hooks):
 
     def leave(self) -> None:
         """Leave the propagators, and close the cache connections of the task's context."""
-        self.detach()
+        if shortcuts.has_caches():
+            self.detach()
         propagators.leave()
 
     def detach(self) -> None:
@@ -259,6 +260,8 @@ class DjangoHooks(Hooks):
 
     def ended(self, task: Task, outcome: Outcome, error: BaseException | None, waiting: int) -> None:
         """Log how `task` ended: at DEBUG, or at ERROR with what it raised, which is kept as text as well."""
+        if error is None and not logger.isEnabledFor(logging.DEBUG):
+            return
         if error is not None:
             self._keep(task, outcome, error)
         # A task of django.tasks has logged by itself what it raised.

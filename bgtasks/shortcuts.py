@@ -52,9 +52,9 @@ _urls: Any = urls
 # is tagged with a thread.
 
 
-def moved(stored: Any) -> Any:
-    """Return what a ``Local`` would keep if the calling thread had stored the same."""
-    return type(stored)(get_ident(), stored.data)
+def moved(stored: Any, thread: int) -> Any:
+    """Return what a ``Local`` would keep if the thread of that ident had stored the same."""
+    return type(stored)(thread, stored.data)
 
 
 def scope_variables() -> tuple[Any, ...]:
@@ -78,7 +78,7 @@ def _understands_local() -> bool:
         stored = variable.get()
         scope_variables()
         elsewhere = Context()
-        elsewhere.run(variable.set, moved(stored))
+        elsewhere.run(variable.set, moved(stored, get_ident()))
         return bool(stored.thread_id == get_ident() and elsewhere.run(getattr, local, "value") == "moved")
 
     try:
