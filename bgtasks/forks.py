@@ -57,7 +57,7 @@ class Forks:
                 if pool.queue.running() or pool.queue.checked_out or monotonic() >= deadline:
                     for other in pools:
                         if not other.queue.slots:
-                            other.queue.set_slots(other.all)
+                            other.queue.add_slots(other.all)
                     return False
                 sleep(0.0005)  # a slot that has ended its task is about to be idle
         return True

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from contextvars import Context
 from functools import partial
@@ -21,7 +20,6 @@ from django.dispatch import Signal
 
 from bgtasks import context as task_context
 from bgtasks import database, propagators, shortcuts
-from bgtasks.child import end_child
 from bgtasks.core.figures import DropReason, Outcome
 from bgtasks.core.log import escaped, log, logger
 from bgtasks.core.task import Hooks, Task
@@ -56,35 +54,6 @@ class Tracer(Protocol):
     def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
         """Hear that `task` has ended. Called in the task's context if it has run to its end."""
         ...
-
-
-class Helpers(ThreadPoolExecutor):
-    """The threads of ``asyncio.to_thread`` and of look-ups on the drainer's loop.
-
-    CONN_MAX does not limit them. At least they keep no connection: nobody else would ever close it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(thread_name_prefix="bgtasks-helper")
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Call `fn` on one of the threads, and close what it has opened there."""
-        # A new thread is started in here, and shall not inherit the context of the first task.
-        return Context().run(super().submit, _call_and_close, partial(fn, *args, **kwargs))
-
-
-def _call_and_close(fn: Callable[[], T]) -> T:
-    process, error = os.getpid(), None
-    try:
-        return fn()
-    except BaseException as exception:
-        error = exception
-        raise
-    finally:
-        if os.getpid() != process:
-            end_child(error)
-        database.close()
-        del error  # its traceback refers to this frame
 
 
 class Recorded(ABC):

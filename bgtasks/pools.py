@@ -11,7 +11,7 @@ from bgtasks.core.lock import new_lock
 from bgtasks.core.slots import Slots
 from bgtasks.forks import Forks
 from bgtasks.greenlets import may_have_loop
-from bgtasks.hooks import Helpers
+from bgtasks.helpers import Helpers
 from bgtasks.monitoring.figures import PoolStats
 from bgtasks.monitoring.pace import MeasuredPace
 from bgtasks.monitoring.publisher import Publisher

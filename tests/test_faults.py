@@ -22,7 +22,8 @@ import bgtasks
 from bgtasks.core import slots
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.shutdown import Shutdown, shut_down
-from bgtasks.hooks import DjangoHooks, Helpers
+from bgtasks.helpers import Helpers
+from bgtasks.hooks import DjangoHooks
 from bgtasks.monitoring.figures import read_stats_by_name
 from bgtasks.monitoring.watchdog import Watchdog
 from bgtasks.signals import task_dropped, task_finished, task_spawned, task_started

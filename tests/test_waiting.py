@@ -241,30 +241,6 @@ def test_cancelled_adrain_leaves_nothing(caplog: pytest.LogCaptureFixture) -> No
     assert [record for record in caplog.records if record.levelno > logging.INFO] == []
 
 
-def test_drain_starts_threads_that_could_not_be_started(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A task that was accepted while the machine had no thread left runs when there is one again."""
-    ran: list[Any] = []
-    start = threading.Thread.start
-
-    def refuse(
-        thread: Any,
-    ) -> None:  # pragma: no cover  # coverage sees no bare thread
-        if thread.name == "bgtasks-drainer":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        assert bgtasks.spawn("task", ran.append, 7)
-        wait_until(lambda: "could not be started" in caplog.text and not pools.drainer._starting)
-        assert ran == []
-
-    assert bgtasks.drain(BOUND)
-    assert ran == [7]
-
-
 # Ending.
 
 

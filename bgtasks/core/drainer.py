@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic
+from time import monotonic, sleep
 from typing import Protocol
 
 from bgtasks.core.lock import free, new_lock
@@ -22,6 +22,7 @@ from bgtasks.core.pace import Pace
 from bgtasks.core.slots import Slots
 
 FORK_PATIENCE = 1.0  # seconds a fork waits for slots that have just ended their last task
+RETRY_INTERVAL = 1.0  # seconds between two attempts to start threads, on a machine that has none left
 STOP_PATIENCE = 0.4  # seconds for cancelled tasks to end, for slots to end, and for the loop to end
 
 # These versions cannot start a thread while the interpreter exits, and a script may spawn just before that.
@@ -71,6 +72,7 @@ class Drainer:
         self.pools: dict[Slots, None] = {}  # added to by spawners, with no lock; see add
         self._wanted: dict[Slots, None] = {}  # pools whose slots shall be started; likewise
         self._starting = False  # a bare thread is starting; two of them do no harm
+        self.failing = False  # it has failed, and tries again; written by it
 
     def add(self, pool: Slots) -> None:
         """Start the slots of `pool` when it has tasks. Spawners call this, so it waits for nothing."""
@@ -111,16 +113,20 @@ class Drainer:
         return True
 
     def _start_wanted(self) -> None:
-        try:
-            with self.lock:  # or a fork in between would end what has just been started
-                self.start()
-                self.open(self._wanted)
-        except BaseException as error:
-            self._wanted.clear()  # the next spawn tries again
-            log(logging.ERROR, "the drainer could not be started", error=error)
-        finally:
-            free(self.lock)  # which an exception from outside may have left held
-            self._starting = False
+        while self._wanted:
+            try:
+                with self.lock:  # or a fork in between would end what has just been started
+                    self.start()
+                    self.open(self._wanted)
+                self.failing = False
+            except BaseException as error:
+                if not self.failing:
+                    log(logging.ERROR, "threads could not be started; it is tried again", error=error)
+                self.failing = True
+                sleep(RETRY_INTERVAL)
+            finally:
+                free(self.lock)  # which an exception from outside may have left held
+        self._starting = False
         for pool in list(self._wanted):  # added *just* before that
             self.ensure(pool)
 
@@ -146,9 +152,9 @@ class Drainer:
         """Start the slots of the pools that are `wanted`, and take these out of it."""
         with self.lock:
             for pool in list(wanted):
-                wanted.pop(pool, None)
-                if self.running and pool in self.pools and not pool.all:
+                if self.running and pool in self.pools:
                     pool.open()
+                wanted.pop(pool, None)
 
     def stop(self) -> None:
         """Let all threads end after what they do now, and wait a moment for them."""

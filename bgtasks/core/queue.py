@@ -129,25 +129,23 @@ class TaskQueue(Steps):
     # For slots. `slot` is the one that asks.
 
     @step
-    def set_slots(self, slots: Sequence[SlotState]) -> None:
-        """Have `slots`, all of them idle, and no others."""
-        self._set_slots(slots)
-
-    @step
-    def remove_slots_if_idle(self) -> bool:
-        """Have no slots, so that nothing starts; False if one is not idle."""
-        all_idle = len(self.idle) == len(self.slots)
-        if all_idle:
-            self._set_slots([])
-        return all_idle
-
-    def _set_slots(self, slots: Sequence[SlotState]) -> None:
-        for slot in self.idle:
-            slot.place = Place.OUT
+    def add_slots(self, slots: Sequence[SlotState]) -> None:
+        """Have `slots`, all of them idle, as well."""
         for slot in slots:
             slot.place = Place.IDLE
-        self.slots, self.idle = [*slots], [*reversed(slots)]
+        self.slots = [*self.slots, *slots]
+        self.idle = [*reversed(slots), *self.idle]
+
+    @step
+    def remove_slots(self, *, if_idle: bool = False) -> bool:
+        """Have no slots, so that nothing starts. False if one is not idle, and all shall be."""
+        if if_idle and len(self.idle) < len(self.slots):
+            return False
+        for slot in self.idle:
+            slot.place = Place.OUT
+        self.slots, self.idle = [], []
         self.waking, self.asked = None, False
+        return True
 
     def to_wake(self) -> Callable[[], object] | None:
         """Return what wakes an idle slot, to be called after the step; None if no task waits for one.

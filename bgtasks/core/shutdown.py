@@ -54,7 +54,7 @@ class Shutdown:
         slots.wind_up(self.deadline)
         while self._unfinished() - {own}:
             left = self.deadline - monotonic()
-            if left <= 0 or (tasks.queued and not self._drainer.ensure(slots)):
+            if left <= 0 or (tasks.queued and not self._has_threads()):
                 break  # or nobody is there to run them
             # The start of threads may fail behind our back, and then nobody would wake us.
             self._sleep(left if slots.all else min(left, START_PATIENCE), except_for={own})
@@ -74,6 +74,9 @@ class Shutdown:
         self.slots.abandon(self._cancelled)
         self.slots.queue.give_up(self._asked, self._cancelled)
         self._tell()
+
+    def _has_threads(self) -> bool:
+        return bool(self.slots.all) or (self._drainer.ensure(self.slots) and not self._drainer.failing)
 
     def _unfinished(self) -> set[Task]:
         return self.slots.queue.read(TaskQueue.tasks)

@@ -353,24 +353,20 @@ class Slots:
         return f"<Slots {self.queue.pool!r} {len(self.queue.running())}/{self.queue.conn_max} running>"
 
     def open(self) -> None:
-        """Start the slots' threads.
+        """Start the slots' threads, as far as they are not there.
 
         Raises:
-            RuntimeError: Not one thread could be started.
+            RuntimeError: There is no thread for one of them; those before it work.
         """
         slots: list[Slot] = []
-        for number in range(1, self.runners + 1):
-            slot = Slot(self, number)
-            try:
+        try:
+            for number in range(len(self.all) + 1, self.runners + 1):
+                slot = Slot(self, number)
                 Context().run(slot.thread.start)
-            except RuntimeError as error:
-                if not slots:
-                    raise
-                log(logging.ERROR, "pool %r has only %d slots", self.queue.pool, len(slots), error=error)
-                break
-            slots.append(slot)
-        self.all = slots
-        self.queue.set_slots(slots)
+                slots.append(slot)
+        finally:
+            self.all = [*self.all, *slots]
+            self.queue.add_slots(slots)
 
     def _claim(self) -> None:
         """Run a coroutine in an idle slot. Called on the loop."""
@@ -381,7 +377,7 @@ class Slots:
 
     def stop(self) -> list[threading.Thread]:
         """Tell every slot to end after what it does now, and return the threads of those that do nothing."""
-        self.queue.set_slots([])
+        self.queue.remove_slots()
         slots = self.all
         for slot in slots:
             slot.stop()
@@ -395,7 +391,7 @@ class Slots:
 
     def step_aside_if_idle(self) -> bool:
         """Have nothing start, for a fork; False if something runs."""
-        return self.queue.remove_slots_if_idle()
+        return self.queue.remove_slots(if_idle=True)
 
     def wind_up(self, deadline: float) -> None:
         """Prepare for a shutdown that gives up what is left at `deadline` (monotonic seconds)."""

@@ -47,7 +47,13 @@ class HandoffSlots(Slots):
 
     def open(self) -> None:
         """Start the slots' threads, and the mover's. Without that one, everything runs here."""
-        super().open()
+        try:
+            super().open()
+        finally:
+            if self.all and self.mover.thread is None:
+                self._open_mover()
+
+    def _open_mover(self) -> None:
         try:
             self.mover.open()
         except RuntimeError as error:
@@ -70,7 +76,7 @@ class HandoffSlots(Slots):
         # From here on the mover begins no pass: it does so only while there are slots.
         if self.mover.thread is None or not (self.mover.in_pass or self.queue.checked_out):
             return True
-        self.queue.set_slots(self.all)
+        self.queue.add_slots(self.all)
         return False
 
     def wind_up(self, deadline: float) -> None:

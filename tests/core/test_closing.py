@@ -161,7 +161,7 @@ def test_close_does_not_wait_for_threads_that_fail_to_start(monkeypatch: pytest.
 
             assert closing.cancelled.result(BOUND) == 1
 
-        assert core.logs.of("the drainer could not be started")
+        assert core.logs.of("threads could not be started")
 
 
 def test_close_of_an_unused_pool_starts_nothing() -> None:

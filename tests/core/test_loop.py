@@ -13,7 +13,8 @@ from django.db import connection
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.loop import Loop
 from bgtasks.core.slots import BURST
-from bgtasks.hooks import DjangoHooks, Helpers
+from bgtasks.helpers import Helpers
+from bgtasks.hooks import DjangoHooks
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import (
     SENDER,

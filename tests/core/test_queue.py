@@ -69,7 +69,7 @@ def new_queue(capacity: int = 3, conn_max: int = 1) -> tuple[TaskQueue, list[Slo
     """Return a queue with idle slots that do nothing by themselves."""
     queue = TaskQueue("q", capacity, conn_max)
     slots = [SlotState() for _ in range(conn_max)]
-    queue.set_slots(slots)
+    queue.add_slots(slots)
     return queue, slots
 
 
@@ -115,7 +115,7 @@ def test_put_past_capacity_drops() -> None:
     assert [queue.put(make_task()) for _ in range(3)] == [None, None, DropReason.FULL]
 
     slot = SlotState()
-    queue.set_slots([slot])
+    queue.add_slots([slot])
     queue.take(slot)
 
     assert queue.put(make_task()) is None
@@ -378,9 +378,9 @@ def test_slots_that_are_opened_while_one_is_woken_are_woken() -> None:
     queue.put(task)
     assert not slot.signal.empty()
 
-    queue.set_slots([])
+    queue.remove_slots()
     [new] = slots = [SlotState()]
-    queue.set_slots(slots)
+    queue.add_slots(slots)
 
     assert not new.signal.empty()
     assert queue.take(slot) is None
@@ -395,13 +395,13 @@ def test_slot_that_is_stopped_while_it_runs_a_task_gets_no_other() -> None:
     """
     queue, [slot] = new_queue()
     [task] = put_and_take(queue, slot)
-    queue.set_slots([])
+    queue.remove_slots()
 
     assert queue.end(slot, task, Outcome.SUCCEEDED) is None
     waiting = make_task()
     queue.put(waiting)
     [new] = slots = [SlotState()]
-    queue.set_slots(slots)
+    queue.add_slots(slots)
 
     assert not new.signal.empty()
     assert queue.take(slot) is None
@@ -415,11 +415,11 @@ def test_slots_leave_only_if_none_is_busy(asynchronous: Any) -> None:
     task = make_task(asynchronous=asynchronous)
     queue.put(task)
     queue.take(slot)
-    assert queue.remove_slots_if_idle() is False
+    assert queue.remove_slots(if_idle=True) is False
 
     queue.end(slot, task, Outcome.SUCCEEDED)
 
-    assert queue.remove_slots_if_idle() is True
+    assert queue.remove_slots(if_idle=True) is True
     queue.put(make_task())
     assert queue.take(slot) is None
     assert read_stats(queue).queued == 1
@@ -449,7 +449,7 @@ def test_slot_that_ends_a_task_without_taking_one_takes_it_later() -> None:
     queue.put(second)
 
     assert queue.end(slot, first, Outcome.SUCCEEDED, take=False) is None
-    assert queue.remove_slots_if_idle() is False
+    assert queue.remove_slots(if_idle=True) is False
     assert read_stats(queue).running == 0
 
     assert queue.take(slot) is second
@@ -657,7 +657,7 @@ def test_checked_out_tasks_keep_their_places() -> None:
     assert read_stats(queue).queued == 3
     assert queue.put(make_task()) is DropReason.FULL
     slot = SlotState()
-    queue.set_slots([slot])
+    queue.add_slots([slot])
     assert queue.take(slot) is old
     assert queue.end(slot, old, Outcome.SUCCEEDED) is None
 
@@ -1025,7 +1025,7 @@ STEPS: dict[str, Callable[[Scene], object]] = {
     "count_inline": lambda scene: count_inline(scene),  # noqa: PLW0108  # defined below
     "drain_waiter": lambda scene: Drained(scene.queue),
     "stats_by_name": lambda scene: read_stats_by_name(scene.queue),
-    "unseat_if_idle": lambda scene: scene.queue.remove_slots_if_idle(),
+    "unseat_if_idle": lambda scene: scene.queue.remove_slots(if_idle=True),
     "repair": lambda scene: scene.queue.repair(),
 }
 
@@ -1476,16 +1476,16 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def fork(self) -> None:
         """All slots leave, and new ones come: what was rung, and what the loop was asked, is forgotten."""
-        assert self.queue.remove_slots_if_idle() is True
+        assert self.queue.remove_slots(if_idle=True) is True
         assert [self.queue.take(slot) for slot in self.slots] == [None] * self.CONN_MAX
         self.asked = 0
         self.slots = [SlotState() for _ in range(self.CONN_MAX)]
-        self.queue.set_slots(self.slots)
+        self.queue.add_slots(self.slots)
 
     @precondition(lambda self: self.running)
     @rule()
     def fork_while_busy(self) -> None:
-        assert self.queue.remove_slots_if_idle() is False
+        assert self.queue.remove_slots(if_idle=True) is False
 
     @rule()
     def rest(self) -> None:

@@ -141,6 +141,22 @@ def script_to_thread() -> None:
     bgtasks.spawn("task", asyncio.to_thread(say, "ran"))
 
 
+def script_hanging_thread() -> None:
+    async def hang() -> None:
+        await asyncio.to_thread(threading.Event().wait, 10 * BOUND)
+
+    bgtasks.spawn("hangs", hang)
+    wait_until(lambda: any(thread.name.startswith("bgtasks-helper") for thread in threading.enumerate()))
+    bgtasks.shutdown(timeout=0)
+
+
+def test_thread_of_a_task_that_hangs_does_not_keep_the_interpreter_from_exiting() -> None:
+    """What ``asyncio.to_thread`` runs may outlive a shutdown; the process does not wait for it."""
+    _, errors = run_function(script_hanging_thread)
+
+    assert "1 tasks cancelled: 1 'hangs'" in errors
+
+
 def script_sensitive() -> None:
     hold_slots()
     bgtasks.spawn("task", sync_to_async(say), "ran")

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 
+import bgtasks.core.drainer
 from bgtasks.core.figures import Outcome
 from bgtasks.core.task import Task, current_task
 from bgtasks.hooks import DjangoHooks
@@ -1032,20 +1033,25 @@ def test_functions_of_a_task_are_not_run_on_the_drainers_loop() -> None:
 
 
 def test_pool_opens_with_the_slots_it_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the machine has threads for some of the slots, the pool says so and works with those."""
-    FailingStart(monkeypatch, 2)
-    with Core(conn_max=4) as core, Gate() as gate:
-        for _ in range(6):
-            core.spawn("held", gate)
-        gate.wait_entered(2)
+    """With threads for some of its slots, a pool says so, works with those, and gets the rest later."""
+    monkeypatch.setattr(bgtasks.core.drainer, "RETRY_INTERVAL", 0.001)
+    with Core(conn_max=4, start=False) as core, Gate() as gate:
+        with monkeypatch.context() as patch:
+            FailingStart(patch, 2)
+            for _ in range(6):
+                core.spawn("held", gate)
+            gate.wait_entered(2)
+            [line] = core.logs.wait("threads could not be started; it is tried again")
+            assert gate.peak == 2
+
+        gate.wait_entered(4)
         gate.open()
         core.drain()
 
-        [line] = core.logs.above(logging.ERROR)
-        assert line.startswith("pool 'core' has only 2 slots\n  Traceback")
         assert "can't start new thread" in line
-        assert gate.peak == 2
+        assert core.logs.above(logging.ERROR) == [line]
         assert core.stats().succeeded == 6
+        assert_conn_max_is_exact(core)
 
 
 def test_task_that_waits_when_the_pool_opens_is_run() -> None:

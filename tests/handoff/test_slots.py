@@ -265,7 +265,7 @@ def test_a_fork_that_begins_as_the_mover_does_waits_for_it_or_leaves_it() -> Non
         gate.open()
         core.wait_rest()
         assert core.slots.step_aside_if_idle()
-        core.queue.set_slots(core.slots.all)
+        core.queue.add_slots(core.slots.all)
 
 
 def test_the_mover_begins_no_pass_while_a_fork_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,7 @@ def test_the_mover_begins_no_pass_while_a_fork_is_under_way(monkeypatch: pytest.
         wait_until(lambda: len(looks) >= 2)
         assert core.engine.packed == []
 
-        core.queue.set_slots(core.slots.all)
+        core.queue.add_slots(core.slots.all)
         core.drain()
 
         assert core.engine.taken == ["1"]
@@ -317,7 +317,7 @@ def test_a_fork_leaves_the_threads_while_the_engine_may_have_tasks() -> None:
         core.drain()
         core.wait_rest()
         assert core.slots.step_aside_if_idle()
-        core.queue.set_slots(core.slots.all)
+        core.queue.add_slots(core.slots.all)
 
 
 def test_a_fork_does_not_wait_for_a_pool_that_has_no_threads_yet() -> None:

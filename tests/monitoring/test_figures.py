@@ -63,12 +63,12 @@ def test_times_are_counted_in_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     for wait, run in [(0.0019, 0.0039), (0.0019, 20_000), (0.049, 0.0039)]:
         tasks.put(make_task("timed"))
         now += wait
-        tasks.set_slots([seat])
+        tasks.add_slots([seat])
         taken = tasks.take(seat)
         assert taken is not None
         now += run
         tasks.end(seat, taken, Outcome.SUCCEEDED)
-        tasks.set_slots([])
+        tasks.remove_slots()
 
     of = by_name(tasks)["timed"]
 
@@ -101,7 +101,7 @@ def test_number_of_names_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         tasks.put(make_task(name))
     before = by_name(tasks)
     seat = SlotState()
-    tasks.set_slots([seat])
+    tasks.add_slots([seat])
     task = tasks.take(seat)
     while task is not None:
         task = tasks.end(seat, task, Outcome.SUCCEEDED)
