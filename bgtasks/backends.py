@@ -28,7 +28,7 @@ from bgtasks import conf
 from bgtasks import context as task_context
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from bgtasks.core.task import Task as QueuedTask
 from bgtasks.core.task import as_coroutine, current_task
 from bgtasks.exceptions import TaskDropped

@@ -15,7 +15,7 @@ from bgtasks.building import Built, build
 from bgtasks.context import FAILED
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.figures import DropReason
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.hooks import DjangoHooks

@@ -13,6 +13,7 @@ from bgtasks.forks import Forks
 from bgtasks.greenlets import may_have_loop
 from bgtasks.helpers import Helpers
 from bgtasks.monitoring.figures import PoolStats
+from bgtasks.monitoring.loop_watch import LoopWatch
 from bgtasks.monitoring.pace import MeasuredPace
 from bgtasks.monitoring.publisher import Publisher
 from bgtasks.monitoring.watchdog import Watchdog
@@ -34,7 +35,8 @@ class Pools(Waitable, Mapping[str, Pool]):
         self._adding = new_lock()
         self.diverted: Diverted | None = None  # in force for all pools, whatever their MODE; see divert
         self.publisher = Publisher(self.drainer, self.built)
-        self.drainer.background += [self.publisher, Watchdog(self.built)]
+        watches = Watchdog(self.built), LoopWatch(self.drainer, self.built)
+        self.drainer.background += [self.publisher, *watches]
         self.drainer.pace = MeasuredPace(self.drainer)
         self._forks = Forks(self.drainer)
         self._hooks = ProcessHooks(self.shutdown, self.drainer.start, self._after_fork_in_child)

@@ -15,7 +15,7 @@ from django.urls import path
 
 import bgtasks
 from bgtasks import pools
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from tests.gate import Gate, wait_until
 
 SMALL = {"default": {"CAPACITY": 4, "CONN_MAX": 2}, "email": {"CAPACITY": 2, "CONN_MAX": 1}}

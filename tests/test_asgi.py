@@ -20,7 +20,7 @@ from uvicorn.lifespan.on import LifespanOn
 import bgtasks
 import bgtasks.asgi
 from bgtasks import pools, process
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from tests.gate import BOUND, AsyncGate, Gate
 
 LIFESPAN = {"type": "lifespan", "asgi": {"version": "3.0", "spec_version": "2.0"}, "state": {}}

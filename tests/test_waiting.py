@@ -14,7 +14,7 @@ from django.test import AsyncClient, override_settings
 
 import bgtasks
 from bgtasks import conf, pools
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from bgtasks.signals import task_dropped, task_finished
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import own_threads

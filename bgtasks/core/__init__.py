@@ -4,6 +4,7 @@ A task's way through the modules::
 
     task      what was spawned
     lock      the lock of a pool
+    places    the states of a queue, and the places of its slots
     drain     what a step is, and who waits for tasks to end
     queue     every step of a task from one place to the next, each under the pool's one lock
     slots     the threads that run plain functions and serve coroutines

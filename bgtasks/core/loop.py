@@ -30,6 +30,7 @@ class Loop:
         self.may_run = may_run  # False where the loop would share its thread with all others
         # In the child of a task that forks: ends the process as the code ends that has forked.
         self.end_child: Callable[[BaseException | None], object] | None = None
+        self.blocked = False  # it does not answer; written by whoever watches it
         # Written under the drainer's lock, read without it.
         self.running: asyncio.AbstractEventLoop | None = None
         self.thread: threading.Thread | None = None

@@ -12,52 +12,22 @@ after a call. So what belongs together is changed without a call between, and ``
 
 from __future__ import annotations
 
-import enum
-import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from operator import attrgetter
 from time import monotonic
 from typing import TypeVar
 
 from bgtasks.core.drain import Steps, step
 from bgtasks.core.figures import Account, DropReason, Outcome
 from bgtasks.core.lock import acquire, free
+from bgtasks.core.places import Place, SlotState, State
 from bgtasks.core.task import Life, Task
 
 T = TypeVar("T")
 
 
-class State(enum.Enum):
-    """The life of a queue, in one direction only."""
-
-    OPEN = "open"
-    CLOSING = "closing"  # accepts nothing more, what it holds still runs
-    CLOSED = "closed"  # what waited was cancelled: holds nothing that will ever run
-
-
-class Place(enum.Enum):
-    """Who goes on with a slot."""
-
-    OUT = "out"  # nobody: it is not open yet, or no more
-    IDLE = "idle"  # nobody, until its thread is woken or the loop claims it
-    THREAD = "thread"
-    LENT = "lent"  # the loop, as soon as it gets to it: the thread has a coroutine for it
-    LOOP = "loop"  # while its thread serves the calls of the slot's asynchronous task
-
-
-class SlotState:
-    """What the queue knows of a slot."""
-
-    def __init__(self) -> None:
-        self.task: Task | None = None  # that it runs; under the pool's lock
-        self.place = Place.OUT  # under the pool's lock
-        self.signal: queue.SimpleQueue[None] = queue.SimpleQueue()  # its thread sleeps on it
-        self.wake: Callable[[], None] = partial(self.signal.put, None)
-
-    def go_on(self) -> None:
-        """Have whoever goes on with the slot look at it. Called without the lock; twice is harmless."""
-        self.wake()
+_started_at = attrgetter("started_at")
 
 
 class TaskQueue(Steps):
@@ -80,6 +50,7 @@ class TaskQueue(Steps):
         self.idle: list[SlotState] = []  # the last one to go idle gets the first task: its thread is warm
         self.waking: SlotState | None = None  # the idle slot whose thread was woken; see to_wake
         self.asked = False  # the loop is going to claim
+        self.loop_blocked = False  # coroutines are left waiting
         self.account = Account()
         self.handoff_failures = 0
 
@@ -157,7 +128,10 @@ class TaskQueue(Steps):
         waiting = self.waiting
         if not self.idle or not waiting or self.paused:
             return None
-        if waiting[0].asynchronous and waiting[-1].asynchronous:
+        if self.loop_blocked:
+            if self._first_function() is None:
+                return None
+        elif waiting[0].asynchronous and waiting[-1].asynchronous:
             if self.asked:
                 return None
             self.asked = True
@@ -178,9 +152,13 @@ class TaskQueue(Steps):
         self._give(slot, monotonic())
         return slot
 
-    def _give(self, slot: SlotState, now: float) -> Task:
-        """Move the oldest waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
-        task = self.waiting[0]
+    def _first_function(self) -> int | None:
+        """Return where the oldest waiting task is that needs no loop; None if there is none."""
+        return next((i for i, task in enumerate(self.waiting) if not task.asynchronous), None)
+
+    def _give(self, slot: SlotState, now: float, index: int = 0) -> Task:
+        """Move a waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
+        task = self.waiting[index]
         figures = task.figures
         task.begin(now)
         # No call from here to the last one, so all of it is done or nothing.
@@ -191,7 +169,7 @@ class TaskQueue(Steps):
         slot.task = task
         if slot.place is not Place.LOOP or not task.asynchronous:
             slot.place = Place.THREAD
-        self.waiting.popleft()
+        del self.waiting[index]
         return task
 
     @step
@@ -199,9 +177,10 @@ class TaskQueue(Steps):
         """Return the task that the slot's thread shall go on with; None if it may sleep."""
         if self.waking is slot:
             self.waking = None
-        if slot.place is Place.IDLE and self.waiting and not self.paused:
+        index = self._first_function() if self.loop_blocked else 0
+        if slot.place is Place.IDLE and self.waiting and not self.paused and index is not None:
             self.idle.remove(slot)  # first: if an exception comes in between, nobody else gives it a task
-            return self._give(slot, monotonic())
+            return self._give(slot, monotonic(), index)
         if slot.place is Place.THREAD and slot.task is None:
             return self._next(slot, monotonic())
         return slot.task if slot.place is Place.THREAD else None
@@ -230,8 +209,9 @@ class TaskQueue(Steps):
         return following
 
     def _next(self, slot: SlotState, now: float) -> Task | None:
-        if self.waiting and not self.paused:
-            return self._give(slot, now)
+        index = self._first_function() if self.loop_blocked else 0
+        if self.waiting and not self.paused and index is not None:
+            return self._give(slot, now, index)
         self._go_idle(slot)
         return None
 
@@ -247,6 +227,26 @@ class TaskQueue(Steps):
         if moved:
             slot.place = to
         return moved
+
+    @step
+    def set_loop_blocked(self, blocked: bool) -> None:
+        """Leave coroutines waiting, also those that the loop has not begun, until it answers; or no more."""
+        self.loop_blocked = blocked
+        lent = {slot.task: slot for slot in self.slots if slot.place is Place.LENT and slot.context is None}
+        for task in sorted(set(self.running()).intersection(lent), key=_started_at, reverse=True):
+            if blocked and self.queued < self.capacity:
+                self._take_back(lent[task], task)
+
+    def _take_back(self, slot: SlotState, task: Task) -> None:
+        figures = task.figures
+        # No call from here to the last one, so all of it is done or nothing.
+        self.queued += 1
+        figures.queued += 1
+        figures.running -= 1
+        task.life = Life.WAITING
+        slot.task, slot.place = None, Place.IDLE
+        self.idle += (slot,)
+        self.waiting.appendleft(task)
 
     @step
     def decide(self, task: Task, outcome: Outcome) -> bool:

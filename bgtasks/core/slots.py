@@ -27,7 +27,8 @@ from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
 from bgtasks.core.loop import Loop
 from bgtasks.core.pace import Pace
-from bgtasks.core.queue import Place, SlotState, TaskQueue
+from bgtasks.core.places import Place, SlotState
+from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import GENERATORS, Hooks, Task, as_coroutine, current
 
 STALE_AFTER = 1.0  # seconds of idleness after which a thread looks at its connections before it uses them
@@ -50,7 +51,6 @@ class Slot(SlotState):
         self.calls = ThreadCalls(self.name, pool.loop, self.wake)
         self._new_context = pool.hooks.slot_context(self.calls)
         # Of the task that runs; written by whoever goes on with the slot, the thread or the loop:
-        self._context: Context | None = None  # once it has begun
         self._ended: tuple[Outcome, BaseException | None] | None = None  # once its coroutine has
         self._stale = True  # idle for so long that connections may have died; written by the slot's thread
         self._stopping = False  # written once, by whoever ends the pool
@@ -126,8 +126,8 @@ class Slot(SlotState):
             outcome: Outcome | None = None
             if not task.asynchronous or self.pool.hooks.needs_thread(task):
                 self._freshen()
-                self._context = Context()
-                outcome = self._context.run(self._begin, task)
+                self.context = Context()
+                outcome = self.context.run(self._begin, task)
             if outcome is None:
                 lent = self.queue.move(self, task, Place.THREAD, Place.LENT)
                 if lent and self.pool.loop.call_soon(self._run_lent, task):
@@ -135,7 +135,7 @@ class Slot(SlotState):
                 task.discard()  # a shutdown has given it up
                 outcome = Outcome.CANCELLED
         else:
-            cast(Context, self._context).run(self.pool.hooks.attach, task.captured)
+            cast(Context, self.context).run(self.pool.hooks.attach, task.captured)
             outcome = self._conclude_coroutine(task)
         self._forget()
         return outcome
@@ -189,10 +189,10 @@ class Slot(SlotState):
     def _conclude_coroutine(self, task: Task) -> Outcome:
         outcome, error = cast("tuple[Outcome, BaseException | None]", self._ended)
         try:
-            cast(Context, self._context).run(self._conclude, task, outcome, error)
+            cast(Context, self.context).run(self._conclude, task, outcome, error)
         except BaseException as problem:  # of a hook, which none may raise
             log(logging.ERROR, "the end of task %r could not be told", task.name, error=problem)
-        self._ended = self._context = None
+        self._ended = self.context = None
         del error  # as above
         return outcome
 
@@ -220,7 +220,7 @@ class Slot(SlotState):
 
     def _forget(self) -> None:
         """Keep nothing of a task that has used the thread."""
-        self._ended = self._context = None
+        self._ended = self.context = None
         self.calls.used = False
         self._clean()
 
@@ -245,13 +245,13 @@ class Slot(SlotState):
         for _ in range(BURST):
             if task is None:
                 return
-            begun = self._context is not None  # on the thread
+            begun = self.context is not None  # on the thread
             if not begun:
                 if self.pool.hooks.needs_thread(task):
                     self._return_to_thread(task)
                     return
-                self._context, self.calls.used = Context(), False
-            runner = _new_runner(self._arun(task, begun), loop=loop, context=self._context)
+                self.context, self.calls.used = Context(), False
+            runner = _new_runner(self.await_task(task, begun), loop=loop, context=self.context)
             if not runner.done():
                 task.runner = runner
                 if task.stop_reason is not None:
@@ -261,7 +261,7 @@ class Slot(SlotState):
             task = self._finish(task, runner)
         loop.call_soon(self.run, task, context=Context())
 
-    async def _arun(self, task: Task, begun: bool) -> None:
+    async def await_task(self, task: Task, begun: bool) -> None:
         """Await the task's coroutine, with the slot as the thread of its ORM calls, and note how it ended."""
         timer: asyncio.TimerHandle | None = None
         try:
@@ -308,7 +308,7 @@ class Slot(SlotState):
             task.discard()  # it has not even begun, or something of ours has failed
             self._ended = task.stop_reason or Outcome.FAILED, error
         if self.calls.used:
-            cast(Context, self._context).run(self.pool.hooks.detach)
+            cast(Context, self.context).run(self.pool.hooks.detach)
             self._return_to_thread(task)
             return None
         outcome = self._conclude_coroutine(task)

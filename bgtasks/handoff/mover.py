@@ -23,7 +23,8 @@ from bgtasks.context import fill
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log, logger
 from bgtasks.core.loop import Loop
-from bgtasks.core.queue import State, TaskQueue
+from bgtasks.core.places import State
+from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import Hooks, Task
 from bgtasks.handoff.engine import Engine, Fate, Parcel
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from bgtasks.core.drainer import Drainer
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from bgtasks.core.slots import Slots
 from bgtasks.monitoring.figures import oldest_wait, read_stats
 from bgtasks.monitoring.snapshot import drainer_state
@@ -13,7 +13,8 @@ from bgtasks.monitoring.snapshot import drainer_state
 
 def problems(drainer: Drainer, pools: Iterable[Slots], wait_max: float | None) -> list[str]:
     """Return what is wrong with these. See ``bgtasks.health.problems``."""
-    found = ["the drainer is dead"] if drainer_state(drainer) == "dead" else []
+    state = drainer_state(drainer)
+    found = {"dead": ["the drainer is dead"], "blocked": ["a task blocks the drainer's loop"]}.get(state, [])
     return found + [problem for slots in pools for problem in _problems(slots, wait_max)]
 
 

@@ -122,8 +122,8 @@ def _is_gone(process: Json, place: str) -> bool:
 
 
 def _state(process: Json, now: float) -> str:
-    if process["drainer"] == "dead":
-        return "dead"
+    if process["drainer"] in {"dead", "blocked"}:
+        return str(process["drainer"])
     if process.get("here") or (not process["idle"] and not _is_silent(process, now)):
         busy = any(pool["stats"]["queued"] or pool["stats"]["running"] for pool in process["pools"])
         return "active" if busy else "idle"

@@ -24,7 +24,8 @@ from time import monotonic, process_time, thread_time
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import log
 from bgtasks.core.pace import GRAIN, Pace
-from bgtasks.core.queue import State, TaskQueue
+from bgtasks.core.places import State
+from bgtasks.core.queue import TaskQueue
 
 CAN_MEASURE = sys.platform == "linux"  # the clock of another thread; elsewhere nobody is slowed down
 PERIOD = 0.02  # seconds between two looks

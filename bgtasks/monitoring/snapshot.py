@@ -77,9 +77,11 @@ def take(
 
 
 def drainer_state(drainer: Drainer) -> str:
-    """Return "running", "dead" if its thread has ended unasked, or "stopped"."""
+    """Return "running", "blocked" by a coroutine, "dead" if its thread has ended unasked, or "stopped"."""
     if not drainer.running:
         return "stopped"
+    if drainer.loop.blocked:
+        return "blocked"
     # With gevent there is no loop.
     return "dead" if drainer.loop.thread is not None and not drainer.loop.is_alive() else "running"
 

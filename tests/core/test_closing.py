@@ -17,7 +17,7 @@ import pytest
 from asgiref.sync import sync_to_async
 
 from bgtasks import signals
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from bgtasks.core.shutdown import Shutdown, shut_down
 from bgtasks.monitoring.figures import read_stats
 from tests.gate import BOUND, AsyncGate, Gate, wait_until

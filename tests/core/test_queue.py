@@ -18,7 +18,8 @@ import bgtasks.core
 from bgtasks import PoolStats
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.figures import NAMES_MAX, OTHERS, DropReason, Outcome
-from bgtasks.core.queue import Place, SlotState, State, TaskQueue
+from bgtasks.core.places import Place, SlotState, State
+from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import Life, Task
 from bgtasks.monitoring.figures import NameStats, oldest_wait, read_stats, read_stats_by_name
 from tests.gate import BOUND, Gate
@@ -1313,6 +1314,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.spawned = 0
         self.state = State.OPEN
         self.paused = False
+        self.blocked = False
         self.past: list[Task] = []
         self.drains: list[tuple[Drained, set[Task]]] = []
 
@@ -1349,10 +1351,23 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _expect_given(self, slot: SlotState) -> Task | None:
         """Return the task that `slot` gets if it asks for one."""
-        if self.paused or not self.waiting:
+        ready = [task for task in self.waiting if not (self.blocked and task.asynchronous)]
+        if self.paused or not ready:
             return None
-        self.running[slot] = task = self.waiting.pop(0)
+        self.running[slot] = task = ready[0]
+        self.waiting.remove(task)
         return task
+
+    @rule(blocked=st.booleans())
+    def block_loop(self, blocked: bool) -> None:
+        """The loop does not answer: what it has not begun waits again, if there is room. Or it answers."""
+        lent = [slot for slot in self._lent() if self.running[slot] not in self.given_up and blocked]
+        for slot in sorted(lent, key=lambda slot: self.running[slot].started_at, reverse=True):
+            if len(self.waiting) + len(self.checked_out) < self.CAPACITY:
+                self.waiting.insert(0, self.running.pop(slot))
+        self.blocked = blocked
+
+        self.queue.set_loop_blocked(blocked)
 
     @rule(data=st.data())
     def take(self, data: Any) -> None:
@@ -1385,7 +1400,8 @@ class QueueMachine(RuleBasedStateMachine):
         assert (slot is not None) is expected
         if slot is not None:
             assert slot in free
-            assert slot.task is self._expect_given(slot)
+            assert slot.task is self.waiting[0]
+            self.running[slot] = self.waiting.pop(0)
 
     def _lent(self) -> list[SlotState]:
         return [slot for slot in self.running if slot.place is Place.LENT]
@@ -1498,7 +1514,8 @@ class QueueMachine(RuleBasedStateMachine):
                 self.claim()
 
         free = [slot for slot in self.slots if slot not in self.running and slot not in self.between]
-        assert not self.waiting or not free or self.paused
+        could_run = any(not (self.blocked and task.asynchronous) for task in self.waiting)
+        assert not could_run or not free or self.paused
 
     # A consumer that may hand tasks off.
 

@@ -27,7 +27,7 @@ from django.db import connection
 import bgtasks
 import bgtasks.waiting
 from bgtasks import pools
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from tests.core.test_fork import BUSY, OWN_THREADS, wait_for
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.processes import Server, free_port, run_python

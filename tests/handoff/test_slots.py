@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bgtasks.core.figures import Outcome
-from bgtasks.core.queue import State
+from bgtasks.core.places import State
 from bgtasks.handoff import mover as module
 from bgtasks.handoff.engine import Fate
 from tests.gate import BOUND, Gate, wait_until

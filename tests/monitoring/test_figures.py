@@ -9,7 +9,8 @@ import pytest
 from bgtasks.core import figures, queue
 from bgtasks.core import task as task_module
 from bgtasks.core.figures import BOUNDS, EXPORTED, OTHERS, DropReason, Outcome
-from bgtasks.core.queue import SlotState, TaskQueue
+from bgtasks.core.places import SlotState
+from bgtasks.core.queue import TaskQueue
 from bgtasks.hooks import LAST, TEXT_MAX, traceback_text
 from bgtasks.monitoring.figures import Times, read_stats_by_name, two_digits
 from tests.gate import Gate

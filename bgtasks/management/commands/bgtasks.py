@@ -16,7 +16,7 @@ from bgtasks.pools import pools
 
 SHORTEST = BOUNDS[0]  # seconds; of what is shorter no digit is known
 CLEAR = "\x1b[H\x1b[2J"
-UNWELL = {"silent", "dead"}
+UNWELL = {"silent", "dead", "blocked"}
 NOTES = {
     "local": "The cache is local memory, which this command does not share with the processes of the site.",
     "none": "The cache keeps nothing, so the processes of the site cannot be seen.",
@@ -30,8 +30,8 @@ class Command(BaseCommand):
 
     help = (
         "Show the background tasks of all processes of the site. The exit status is 0 if all is well, 1 if a "
-        "queue is full, every slot of a pool is stuck, or a process is silent or dead, and 2 if no process "
-        "can be seen."
+        "queue is full, every slot of a pool is stuck, or a process is silent, dead or blocked, and 2 if no "
+        "process can be seen."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:

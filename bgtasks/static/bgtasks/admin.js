@@ -352,7 +352,7 @@
 
   // The processes.
 
-  const STATES = { active: ["active", "good"], idle: ["idle", "calm"], silent: ["silent", "bad"], dead: ["drainer dead", "bad"] };
+  const STATES = { active: ["active", "good"], idle: ["idle", "calm"], silent: ["silent", "bad"], dead: ["drainer dead", "bad"], blocked: ["loop blocked", "bad"] };
 
   function updateProcesses(processes) {
     const rows = processes.flatMap((process) => process.pools.map((pool, place) => ({ process, pool, first: place === 0 })));
@@ -424,11 +424,11 @@
 
   function show(data) {
     const count = data.processes.length;
-    const silent = data.processes.filter((process) => process.state === "silent" || process.state === "dead").length;
+    const silent = data.processes.filter((process) => ["silent", "dead", "blocked"].includes(process.state)).length;
     const running = data.pools.reduce((sum, pool) => sum + pool.stats.running, 0);
     const queued = data.pools.reduce((sum, pool) => sum + pool.stats.queued, 0);
     setText(byId("bt-summary"), `${count} ${count === 1 ? "process" : "processes"}`
-      + `${silent ? `, ${silent} of them silent or dead` : ""} · ${number(running)} running · ${number(queued)} waiting · ${clock(data.at)}`);
+      + `${silent ? `, ${silent} of them silent, dead or blocked` : ""} · ${number(running)} running · ${number(queued)} waiting · ${clock(data.at)}`);
     note(NOTES[data.sight]);
     sync(byId("bt-pools"), data.pools, (pool) => pool.name, createPool, updatePool);
     updateProcesses(data.processes);

@@ -1,0 +1,127 @@
+"""The watch on the drainer's loop: a coroutine that blocks it is reported by another thread."""
+
+import asyncio
+from typing import Any, Self
+
+import pytest
+
+from bgtasks.monitoring import health, loop_watch
+from bgtasks.monitoring.figures import read_stats
+from bgtasks.monitoring.loop_watch import LoopWatch
+from bgtasks.monitoring.snapshot import drainer_state
+from tests.gate import AsyncGate, Gate, wait_until
+from tests.pool import Core, assert_whole
+
+pytestmark = pytest.mark.usefixtures("patient")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look all the time, and report at once."""
+    monkeypatch.setattr(loop_watch, "LOOK_INTERVAL", 0.001)
+    monkeypatch.setattr(loop_watch, "PATIENCE", 0.02)
+
+
+class Watched(Core):
+    """A pool with a watch of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.drainer.background = [LoopWatch(self.drainer, lambda: [self.slots])]
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+    def is_watched(self) -> bool:
+        return any(thread.name == "bgtasks-loop-watch" for thread in self.threads())
+
+
+@pytest.mark.parametrize("timeout", [None, 0.01])
+def test_coroutine_that_blocks_the_loop_is_reported_once_with_its_stack(timeout: float | None) -> None:
+    """Its name and where it is are logged, the process is not well, and plain functions run meanwhile."""
+    with Watched(conn_max=3, task_timeout=timeout) as core, Gate() as gate:
+
+        async def block() -> None:
+            gate()
+
+        core.spawn("blocks", block)
+        [line] = core.logs.wait("has not answered")
+        core.spawn("plain", int)
+        wait_until(lambda: core.stats().succeeded == 1)
+
+        assert "task 'blocks' blocks it" in line
+        assert "gate.py" in line
+        assert "in block" in line
+        assert drainer_state(core.drainer) == "blocked"
+        assert health.problems(core.drainer, [core.slots], None) == ["a task blocks the drainer's loop"]
+        assert read_stats(core.queue).stuck == (timeout is not None)
+
+        gate.open()
+        core.drain()
+        core.logs.wait("the drainer's loop answers again")
+
+        assert drainer_state(core.drainer) == "running"
+        assert len(core.logs.of("has not answered")) == 1
+
+
+def test_functions_go_on_while_coroutines_wait_for_a_blocked_loop() -> None:
+    """Coroutines that slots were given before hold none of them, and all run when the loop answers."""
+    with Watched(conn_max=3) as core, Gate() as gate:
+
+        async def block() -> None:
+            gate()
+
+        core.spawn("blocks", block)
+        gate.wait_entered()
+        for _ in range(4):
+            core.spawn("coroutine", asyncio.sleep, 0)
+            core.spawn("plain", int)
+        core.logs.wait("has not answered")
+        wait_until(lambda: core.stats().succeeded == 4)
+        stats = core.stats()
+
+        assert (stats.running, stats.queued) == (1, 4)
+
+        gate.open()
+        core.drain()
+
+        assert core.stats().succeeded == 9
+        assert_whole(core)
+
+
+def test_loop_that_answers_is_not_reported() -> None:
+    """Coroutines that wait, for however long, block nobody; the watch ends with the last of them."""
+    with Watched(conn_max=2) as core, AsyncGate() as gate:
+        core.spawn("waits", gate)
+        gate.wait_entered()
+        wait_until(core.is_watched)
+        core.spawn("turns", asyncio.sleep, 0.1)
+        wait_until(lambda: core.stats().succeeded == 1)
+        gate.open()
+        core.drain()
+        wait_until(lambda: not core.is_watched())
+
+        assert not core.logs.of("has not answered")
+
+
+def test_plain_functions_need_no_watch() -> None:
+    """A pool without coroutines has no such thread."""
+    with Watched(conn_max=1) as core, Gate() as gate:
+        core.spawn("plain", gate)
+        gate.wait_entered()
+
+        assert not core.is_watched()
+
+
+def test_callback_that_blocks_the_loop_is_reported_as_such() -> None:
+    """What no task is part of has no name; its stack says what it is."""
+    with Watched(conn_max=1) as core, Gate() as gate, AsyncGate() as waits:
+        core.spawn("waits", waits)
+        waits.wait_entered()
+        core.drainer.loop.call_soon(gate)
+
+        [line] = core.logs.wait("has not answered")
+        gate.open()
+
+        assert "a callback blocks it" in line
