@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -44,6 +45,8 @@ class Loop:
         loop = asyncio.new_event_loop()
         executor = self._new_executor()
         loop.set_default_executor(executor)
+        with contextlib.suppress(AttributeError):  # of a loop that is not written in Python
+            setattr(loop, "shutdown_default_executor", _keep_executor)  # noqa: B010  # a method
         arguments = loop, executor
         thread = threading.Thread(target=self._main, args=arguments, name="bgtasks-drainer", daemon=True)
         self.running, self.thread = loop, thread
@@ -100,6 +103,10 @@ class Loop:
                     log(logging.ERROR, "the drainer's loop was stopped by a task; it goes on")
         _close(loop)
         executor.shutdown()  # its threads end before this one does: a fork waits for that
+
+
+async def _keep_executor(timeout: float | None = None) -> None:  # noqa: ARG001, ASYNC109  # as asyncio's
+    """Leave the executor of all tasks alone, whoever asks: it ends with the loop."""
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:

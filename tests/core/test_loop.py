@@ -470,6 +470,20 @@ def test_companion_is_told_once_for_a_burst() -> None:
         assert companion.heard == ["notify"]
 
 
+def test_task_cannot_end_the_helper_threads_of_the_others() -> None:
+    """What ``asyncio.run`` does at its end is not for a task to do: ``to_thread`` works for later ones."""
+
+    async def shut_down() -> None:
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    with Core(conn_max=1, drainer=Drainer(new_executor=Helpers)) as core:
+        core.spawn("shuts down", shut_down)
+        core.spawn("works", asyncio.to_thread, int)
+        core.drain()
+
+        assert core.stats().succeeded == 2
+
+
 @pytest.mark.database
 @pytest.mark.django_db
 def test_helper_threads_of_tasks_keep_no_connection() -> None:
