@@ -32,6 +32,7 @@ class Loop:
         # In the child of a task that forks: ends the process as the code ends that has forked.
         self.end_child: Callable[[BaseException | None], object] | None = None
         self.blocked = False  # it does not answer; written by whoever watches it
+        self.used = False  # since whoever watches it has cleared that
         # Written under the drainer's lock, read without it.
         self.running: asyncio.AbstractEventLoop | None = None
         self.thread: threading.Thread | None = None
@@ -76,6 +77,7 @@ class Loop:
         loop = self.running
         if loop is None:
             return False
+        self.used = True
         try:
             # In a context of its own: the default, the caller's, would be kept, and seen, by the loop.
             loop.call_soon_threadsafe(callback, *args, context=Context())

@@ -1,9 +1,8 @@
 """Slots: the rights to run of one pool, each with a thread of its own.
 
-A slot runs one task at a time. It calls a plain function on its thread, and takes the next task by itself. A
-coroutine runs on the drainer's loop while its slot's thread serves as the executor of its ORM calls. Either
-way one task has one thread, and Django keeps connections per thread, so a pool never holds more than CONN_MAX
-of them per alias.
+A slot runs one task at a time. It calls a plain function on its thread. A coroutine runs on the drainer's
+loop while its slot's thread makes its ORM calls. Either way one task has one thread, and Django keeps
+connections per thread, so a pool never holds more than CONN_MAX of them per alias.
 
 A task is begun on the thread; if that makes a coroutine, the loop runs it; and it is concluded on the thread.
 A coroutine that needs nothing of the thread is begun, run and concluded on the loop.
@@ -237,6 +236,7 @@ class Slot(SlotState):
 
     def _run_lent(self, task: Task) -> None:
         if self.queue.move(self, task, Place.LENT, Place.LOOP):
+            self.pool.notify()
             self.run(task)
 
     def run(self, task: Task | None) -> None:

@@ -34,7 +34,7 @@ class LoopWatch(MonitorThread):
         self._asked_at: float | None = None  # monotonic seconds; cleared on the loop as it answers
 
     def _is_wanted(self) -> bool:
-        return any(self._coroutines())
+        return self._drainer.loop.used
 
     def _is_needed(self) -> bool:
         return self._asked_at is not None or any(self._coroutines())
@@ -49,7 +49,10 @@ class LoopWatch(MonitorThread):
 
     def _run(self, stop: threading.Event) -> None:
         self._asked_at = None
-        while self._is_needed() and not stop.wait(LOOK_INTERVAL):
+        while not stop.is_set():
+            self._drainer.loop.used = False  # first: if a coroutine comes *just* now, `_main` looks again
+            if not self._is_needed() or stop.wait(LOOK_INTERVAL):
+                return
             self._look()
 
     def _look(self) -> None:
