@@ -80,7 +80,7 @@ class Forks:
         for pool in self._held:
             for task in [*pool.queue.checked_out, *pool.queue.waiting]:
                 task.discard()
-        drainer.loop.end_child = end_child
+        drainer.loop.end_if_forked = end_child
         if threading.current_thread() is drainer.loop.thread and drainer.loop.running is not None:
             waits = RuntimeError("a coroutine that has forked cannot wait in the child")
             shortcuts.call_next(drainer.loop.running, partial(end_child, waits))

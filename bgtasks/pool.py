@@ -168,7 +168,7 @@ class Pool(Waitable):
             lifespan.look(self.drainer)
         if task_spawned.receivers:
             self.hooks.spawned(task.name)
-        reason = None if slots.all and slots.loop.running is not None else self._impossible(task, slots)
+        reason = None if slots.all and slots.loop.running is not None else self._ensure_threads(task, slots)
         if task.captured is FAILED:
             reason = DropReason.PROPAGATOR
         if reason is not None:
@@ -180,10 +180,10 @@ class Pool(Waitable):
                 slots.look()
         finally:
             if not slots.all:
-                self._impossible(task, slots)  # a fork may have ended the threads *just* before that
+                self._ensure_threads(task, slots)  # a fork may have ended the threads *just* before that
         return reason is None or self.note_drop(task.name, reason)
 
-    def _impossible(self, task: Task, slots: Slots) -> DropReason | None:
+    def _ensure_threads(self, task: Task, slots: Slots) -> DropReason | None:
         """Have the threads there that `task` needs. Return why that is impossible, or None."""
         if slots.queue.state is not State.OPEN:
             return None  # put says so

@@ -84,8 +84,7 @@ class ThreadCalls(Executor):
         except BaseException as exception:
             error = exception
         finally:
-            if self._loop.end_child is not None:
-                self._loop.end_child(error)
+            self._loop.end_if_forked(error)
             # asgiref has noted here for which loop it was called. The next task on this thread may be a plain
             # function, and what it passes to async_to_sync shall not run on the drainer's loop, and block it.
             vars(SyncToAsync.threadlocal).clear()

@@ -29,8 +29,9 @@ class Loop:
     ) -> None:
         self._new_executor = new_executor  # for asyncio.to_thread, and for look-ups
         self.may_run = may_run  # False where the loop would share its thread with all others
-        # In the child of a task that forks: ends the process as the code ends that has forked.
-        self.end_child: Callable[[BaseException | None], object] | None = None
+        # Called as the code of a task ends, with what it raised. In the child of a task that has forked, it
+        # ends the process, which shall run nothing of its parent's.
+        self.end_if_forked: Callable[[BaseException | None], object] = lambda _: None
         self.blocked = False  # it does not answer; written by whoever watches it
         self.used = False  # since whoever watches it has cleared that
         # Written under the drainer's lock, read without it.

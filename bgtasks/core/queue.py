@@ -126,12 +126,9 @@ class TaskQueue(Steps):
         left to the loop, which claims an idle slot for each.
         """
         waiting = self.waiting
-        if not self.idle or not waiting or self.paused:
+        if not self.idle or self._ready() is None:
             return None
-        if self.loop_blocked:
-            if self._first_function() is None:
-                return None
-        elif waiting[0].asynchronous and waiting[-1].asynchronous:
+        if not self.loop_blocked and waiting[0].asynchronous and waiting[-1].asynchronous:
             if self.asked:
                 return None
             self.asked = True
@@ -152,8 +149,12 @@ class TaskQueue(Steps):
         self._give(slot, monotonic())
         return slot
 
-    def _first_function(self) -> int | None:
-        """Return where the oldest waiting task is that needs no loop; None if there is none."""
+    def _ready(self) -> int | None:
+        """Return where the next task to give is, if there is one: while the loop is blocked, a function."""
+        if not self.waiting or self.paused:
+            return None
+        if not self.loop_blocked:
+            return 0
         return next((i for i, task in enumerate(self.waiting) if not task.asynchronous), None)
 
     def _give(self, slot: SlotState, now: float, index: int = 0) -> Task:
@@ -177,8 +178,7 @@ class TaskQueue(Steps):
         """Return the task that the slot's thread shall go on with; None if it may sleep."""
         if self.waking is slot:
             self.waking = None
-        index = self._first_function() if self.loop_blocked else 0
-        if slot.place is Place.IDLE and self.waiting and not self.paused and index is not None:
+        if slot.place is Place.IDLE and (index := self._ready()) is not None:
             self.idle.remove(slot)  # first: if an exception comes in between, nobody else gives it a task
             return self._give(slot, monotonic(), index)
         if slot.place is Place.THREAD and slot.task is None:
@@ -209,8 +209,8 @@ class TaskQueue(Steps):
         return following
 
     def _next(self, slot: SlotState, now: float) -> Task | None:
-        index = self._first_function() if self.loop_blocked else 0
-        if self.waiting and not self.paused and index is not None:
+        index = self._ready()
+        if index is not None:
             return self._give(slot, now, index)
         self._go_idle(slot)
         return None

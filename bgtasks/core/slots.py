@@ -152,7 +152,7 @@ class Slot(SlotState):
             result = task.call()
             coroutine = None if result is None else self._coroutine(task, result)
             if coroutine is not None:
-                self._end_if_forked(None)
+                self.pool.loop.end_if_forked(None)
                 task.function, task.asynchronous, self.calls.used = coroutine, True, True
                 hooks.detach()
                 return None
@@ -161,8 +161,7 @@ class Slot(SlotState):
             outcome, error = Outcome.FAILED, exception
             task.function = coroutine or task.function
             task.discard()
-        if self.pool.loop.end_child is not None:
-            self.pool.loop.end_child(error)
+        self.pool.loop.end_if_forked(error)
         self._conclude(task, outcome, error)
         del error  # its traceback refers to this frame, and this frame to it
         return outcome
@@ -179,11 +178,6 @@ class Slot(SlotState):
         if coroutine is None and type(result) in GENERATORS:
             raise TypeError(f"task {task.name!r} returned a generator; its body would never run")
         return coroutine
-
-    def _end_if_forked(self, error: BaseException | None) -> None:
-        """End this process if it is the child of a task that has forked: it runs nothing of its parent's."""
-        if self.pool.loop.end_child is not None:
-            self.pool.loop.end_child(error)
 
     def _conclude_coroutine(self, task: Task) -> Outcome:
         outcome, error = cast("tuple[Outcome, BaseException | None]", self._ended)
@@ -273,10 +267,10 @@ class Slot(SlotState):
                 if self.pool.task_timeout is not None:
                     timer = self._start_timer(task, self.pool.task_timeout)
                 await task.call()
-            self._end_if_forked(None)
+            self.pool.loop.end_if_forked(None)
             self._ended = Outcome.TIMED_OUT if task.overran else Outcome.SUCCEEDED, None
         except BaseException as error:
-            self._end_if_forked(error)
+            self.pool.loop.end_if_forked(error)
             task.discard()
             outcome = task.stop_reason or Outcome.FAILED
             # What was cancelled by a shutdown is reported by that.
