@@ -271,12 +271,15 @@ class Slot(SlotState):
             self._ended = Outcome.TIMED_OUT if task.overran else Outcome.SUCCEEDED, None
         except BaseException as error:
             self.pool.loop.end_if_forked(error)
-            task.discard()
-            outcome = task.stop_reason or Outcome.FAILED
-            # What was cancelled by a shutdown is reported by that.
-            self._ended = outcome, None if outcome is Outcome.CANCELLED else error
+            self._ended = self._failed(task, error)
         if timer is not None:
             timer.cancel()
+
+    def _failed(self, task: Task, error: BaseException | None) -> tuple[Outcome, BaseException | None]:
+        task.discard()
+        outcome = task.stop_reason or Outcome.FAILED
+        # What was cancelled by a shutdown is reported by that.
+        return outcome, None if outcome is Outcome.CANCELLED else error
 
     def _start_timer(self, task: Task, task_timeout: float) -> asyncio.TimerHandle:
         left = task.started_at + task_timeout - monotonic()
@@ -299,8 +302,7 @@ class Slot(SlotState):
         task.runner = None
         error = asyncio.CancelledError() if runner.cancelled() else runner.exception()
         if self._ended is None:
-            task.discard()  # it has not even begun, or something of ours has failed
-            self._ended = task.stop_reason or Outcome.FAILED, error
+            self._ended = self._failed(task, error)  # it has not even begun, or something of ours has failed
         if self.calls.used:
             cast(Context, self.context).run(self.pool.hooks.detach)
             self._return_to_thread(task)

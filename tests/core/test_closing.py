@@ -17,6 +17,7 @@ import pytest
 from asgiref.sync import sync_to_async
 
 from bgtasks import signals
+from bgtasks.core.figures import Outcome
 from bgtasks.core.places import State
 from bgtasks.core.shutdown import Shutdown, shut_down
 from bgtasks.monitoring.figures import read_stats
@@ -306,6 +307,26 @@ def test_coroutine_that_the_loop_has_not_begun_is_cancelled(impatient: None) -> 
 
         assert companion.heard == []
         assert (core.stats().cancelled, core.stats().succeeded) == (1, 0)
+
+
+def test_coroutine_cancelled_before_its_first_step_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 begins each with a step of the loop, and a shutdown may come before it."""
+    monkeypatch.setattr("bgtasks.core.slots._new_runner", asyncio.Task)
+
+    def cancel() -> None:
+        [task] = core.queue.running()
+        core.slots.all[0]._stop_task(task, Outcome.CANCELLED)
+
+    with Core(conn_max=1) as core, Gate(bound=10 * BOUND) as held:
+        core.drainer.loop.call_soon(held)
+        held.wait_entered()
+        core.spawn("waits", nothing)
+        core.drainer.loop.call_soon(cancel)  # right after the one that claims it
+        held.open()
+        core.drain()
+
+        assert core.stats().cancelled == 1
+        assert core.logs.above(logging.ERROR) == []
 
 
 def test_coroutine_that_was_lent_and_has_not_begun_is_cancelled(impatient: None) -> None:
