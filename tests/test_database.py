@@ -375,7 +375,7 @@ def test_connection_that_expires_while_its_slot_is_idle_is_replaced(
         age()
         return backend_of()
 
-    monkeypatch.setattr("bgtasks.core.slots.STALE_AFTER", 0)
+    monkeypatch.setattr("bgtasks.core.slot.STALE_AFTER", 0)
     pid = run(kind, task)
     kept_open = connection.connection is not None
 

@@ -19,7 +19,7 @@ from django.db import connection, connections
 from django.test import override_settings
 
 import bgtasks
-from bgtasks.core import slots
+from bgtasks.core import slot as slot_module
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.shutdown import Shutdown, shut_down
 from bgtasks.helpers import Helpers
@@ -52,7 +52,7 @@ class CountingHooks(DjangoHooks):
 
 def test_connections_are_not_looked_at_in_the_middle_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long a task waits between two ORM calls, its transaction and its cursors are left alone."""
-    monkeypatch.setattr(slots, "STALE_AFTER", -1.0)  # whatever is idle is stale
+    monkeypatch.setattr(slot_module, "STALE_AFTER", -1.0)  # whatever is idle is stale
     hooks = CountingHooks()
     seen: list[int] = []
 
@@ -73,7 +73,7 @@ def test_connections_of_a_slot_that_a_stranger_has_used_are_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A call that comes too late, for a task that has ended, does not spare the next task the look."""
-    monkeypatch.setattr(slots, "STALE_AFTER", -1.0)
+    monkeypatch.setattr(slot_module, "STALE_AFTER", -1.0)
     hooks = CountingHooks()
     seen: list[int] = []
 

@@ -7,7 +7,8 @@ A task's way through the modules::
     places    the states of a queue, and the places of its slots
     drain     what a step is, and who waits for tasks to end
     queue     every step of a task from one place to the next, each under the pool's one lock
-    slots     the threads that run plain functions and serve coroutines
+    slot      a thread that runs plain functions and serves coroutines
+    slots     the slots of one pool
     calls     what a coroutine calls on its slot's thread
     loop      the drainer's thread and event loop, on which coroutines run
     drainer   starts and stops all threads

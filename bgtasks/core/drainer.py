@@ -156,6 +156,18 @@ class Drainer:
                     pool.open()
                 wanted.pop(pool, None)
 
+    def replace_loop(self) -> None:
+        """Have another loop in place of one that is deaf. The coroutines that it runs have failed.
+
+        Raises:
+            RuntimeError: The machine has no thread left, or the interpreter is exiting.
+        """
+        with self.lock:
+            if self.running:
+                self.loop.replace()
+                for pool in list(self.pools):
+                    pool.leave_loop()
+
     def stop(self) -> None:
         """Let all threads end after what they do now, and wait a moment for them."""
         with self.lock:

@@ -37,6 +37,9 @@ class Loop:
         # Written under the drainer's lock, read without it.
         self.running: asyncio.AbstractEventLoop | None = None
         self.thread: threading.Thread | None = None
+        # Loops that were deaf, each with its tasks. To free them would run the ends of user code, and close
+        # descriptors whose numbers are others' by now.
+        self._left: dict[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]] = {}
 
     def start(self) -> None:
         """Start the thread and its loop.
@@ -67,6 +70,21 @@ class Loop:
             return []
         loop.call_soon_threadsafe(loop.stop, context=Context())
         return [thread]
+
+    def replace(self) -> None:
+        """Have another loop, on a thread of its own, in place of one that is deaf.
+
+        Raises:
+            RuntimeError: As ``start``.
+        """
+        deaf, thread = self.running, self.thread
+        try:
+            self.start()
+        except BaseException:
+            self.running, self.thread = deaf, thread
+            raise
+        if deaf is not None:
+            self._left[deaf] = asyncio.all_tasks(deaf)
 
     def is_alive(self) -> bool:
         """Tell whether the loop has its thread."""
@@ -104,6 +122,8 @@ class Loop:
             else:
                 if self.running is loop:
                     log(logging.ERROR, "the drainer's loop was stopped by a task; it goes on")
+        if loop in self._left:
+            return
         _close(loop)
         executor.shutdown()  # its threads end before this one does: a fork waits for that
 

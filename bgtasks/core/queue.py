@@ -26,6 +26,7 @@ from bgtasks.core.task import Life, Task
 
 T = TypeVar("T")
 
+CLAIM_PATIENCE = 1.0  # seconds for the loop to claim; then a thread does, and has the loop looked after
 
 _started_at = attrgetter("started_at")
 
@@ -49,7 +50,7 @@ class TaskQueue(Steps):
         self.slots: Sequence[SlotState] = []  # those that have threads
         self.idle: list[SlotState] = []  # the last one to go idle gets the first task: its thread is warm
         self.waking: SlotState | None = None  # the idle slot whose thread was woken; see to_wake
-        self.asked = False  # the loop is going to claim
+        self.asked_at = 0.0  # monotonic seconds; the loop is going to claim, if it is not deaf; 0.0 if not
         self.loop_blocked = False  # coroutines are left waiting
         self.account = Account()
         self.handoff_failures = 0
@@ -115,7 +116,7 @@ class TaskQueue(Steps):
         for slot in self.idle:
             slot.place = Place.OUT
         self.slots, self.idle = [], []
-        self.waking, self.asked = None, False
+        self.waking, self.asked_at = None, 0.0
         return True
 
     def to_wake(self) -> Callable[[], object] | None:
@@ -129,10 +130,12 @@ class TaskQueue(Steps):
         if not self.idle or self._ready() is None:
             return None
         if not self.loop_blocked and waiting[0].asynchronous and waiting[-1].asynchronous:
-            if self.asked:
+            now = monotonic()
+            if not self.asked_at:
+                self.asked_at = now
+                return self.ask_loop
+            if now - self.asked_at < CLAIM_PATIENCE:
                 return None
-            self.asked = True
-            return self.ask_loop
         if self.waking is not None:
             return None
         self.waking = self.idle[-1]
@@ -141,7 +144,7 @@ class TaskQueue(Steps):
     @step
     def claim(self) -> SlotState | None:
         """Give the oldest waiting task to an idle slot, and return that, if the task is asynchronous."""
-        self.asked = False
+        self.asked_at = 0.0
         if not self.idle or not self.waiting or self.paused or not self.waiting[0].asynchronous:
             return None
         slot = self.idle.pop()
@@ -266,7 +269,7 @@ class TaskQueue(Steps):
         """Go on after an exception from outside in a step of this thread: no slot may miss its task."""
         free(self.lock)
         with self.lock:
-            self.waking, self.asked = None, False
+            self.waking, self.asked_at = None, 0.0
             self.idle = [slot for slot in self.slots if slot.place is Place.IDLE]
             for waiter in list(self.drains):
                 waiter.pending = {task for task in waiter.pending if task.life is not Life.ENDED}

@@ -16,7 +16,8 @@ from typing import Any
 
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.figures import Outcome
-from bgtasks.core.slots import Slot, Slots
+from bgtasks.core.slot import Slot
+from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.hooks import DjangoHooks, Recent
 from bgtasks.monitoring.figures import NameStats, Times, oldest_wait, read_stats_by_name

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
 
 from bgtasks.core.log import indented, log
-from bgtasks.core.slots import Slot, Slots
+from bgtasks.core.slot import Slot
+from bgtasks.core.slots import Slots
 from bgtasks.core.task import Life, Task
 from bgtasks.monitoring.thread import MonitorThread
 

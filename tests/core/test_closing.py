@@ -311,7 +311,7 @@ def test_coroutine_that_the_loop_has_not_begun_is_cancelled(impatient: None) -> 
 
 def test_coroutine_cancelled_before_its_first_step_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.11 begins each with a step of the loop, and a shutdown may come before it."""
-    monkeypatch.setattr("bgtasks.core.slots._new_runner", asyncio.Task)
+    monkeypatch.setattr("bgtasks.core.slot._new_runner", asyncio.Task)
 
     def cancel() -> None:
         [task] = core.queue.running()

@@ -12,7 +12,7 @@ from django.db import connection
 
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.loop import Loop
-from bgtasks.core.slots import BURST
+from bgtasks.core.slot import BURST
 from bgtasks.helpers import Helpers
 from bgtasks.hooks import DjangoHooks
 from tests.gate import BOUND, AsyncGate, Gate, wait_until

@@ -569,6 +569,20 @@ def test_interrupted_slot_leaves_the_loop_its_task() -> None:
     assert queue.running() == [task]
 
 
+def test_thread_is_woken_for_a_coroutine_that_the_loop_does_not_claim(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the thread comes the watch, which finds out why."""
+    monkeypatch.setattr("bgtasks.core.queue.CLAIM_PATIENCE", 0)
+    queue, [slot] = new_queue()
+    queue.put(make_task(asynchronous=True))
+    assert slot.signal.empty()
+
+    queue.put(make_task(asynchronous=True))
+
+    assert slot.signal.get_nowait() is None
+
+
 def test_loop_claims_an_idle_slot_for_a_coroutine_only() -> None:
     """The loop begins what waits at the head of the queue, if that is asynchronous, and wakes no thread."""
     queue, [slot] = new_queue()

@@ -1,16 +1,24 @@
 """The watch on the drainer's loop: a coroutine that blocks it is reported by another thread."""
 
 import asyncio
+import os
+import selectors
+import socket
+import threading
+from time import sleep
 from typing import Any, Self
 
 import pytest
 
+import bgtasks
+from bgtasks.core import queue
 from bgtasks.monitoring import health, loop_watch
 from bgtasks.monitoring.figures import read_stats
 from bgtasks.monitoring.loop_watch import LoopWatch
 from bgtasks.monitoring.snapshot import drainer_state
-from tests.gate import AsyncGate, Gate, wait_until
+from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import Core, assert_whole
+from tests.scripts import run_function
 
 pytestmark = pytest.mark.usefixtures("patient")
 
@@ -123,5 +131,112 @@ def test_callback_that_blocks_the_loop_is_reported_as_such() -> None:
 
         [line] = core.logs.wait("has not answered")
         gate.open()
+
+        assert "a callback blocks it" in line
+
+
+# A loop that is deaf.
+
+
+def deafen() -> None:
+    os.closerange(3, 256)
+
+
+async def deafen_and_go_on() -> None:
+    deafen()
+    await asyncio.sleep(0)
+
+
+def script_deaf(bad: Any, sleeps: bool) -> dict[str, Any]:
+    """Have a task close all descriptors, and go on spawning until a coroutine has run; return the figures."""
+    loop_watch.LOOK_INTERVAL, loop_watch.PATIENCE = 0.05, 0.1
+    queue.CLAIM_PATIENCE = 0.1
+    ran: list[int] = []
+
+    async def run() -> None:
+        ran.append(1)
+
+    if sleeps:
+        held = AsyncGate(bound=10 * BOUND)
+        bgtasks.spawn("sleeps", held)
+        held.wait_entered()
+    bgtasks.spawn("deafens", bad)
+    bgtasks.drain(0.1)
+    for _ in range(100 * BOUND):
+        if ran:
+            break
+        bgtasks.spawn("plain", int)
+        bgtasks.spawn("coroutine", run)
+        sleep(0.01)
+    bgtasks.drain(BOUND)
+    stats = bgtasks.stats()["default"]
+    ended = stats.succeeded + stats.failed
+    return {"ran": bool(ran), "failed": stats.failed, "left": stats.spawned - ended}
+
+
+def script_deaf_by_a_function() -> dict[str, Any]:
+    return script_deaf(deafen, sleeps=True)
+
+
+def script_deaf_by_a_coroutine() -> dict[str, Any]:
+    return script_deaf(deafen_and_go_on, sleeps=True)
+
+
+def script_deaf_while_nothing_runs_on_it() -> dict[str, Any]:
+    return script_deaf(deafen, sleeps=False)
+
+
+@pytest.mark.parametrize(
+    ("script", "failed"),
+    [
+        (script_deaf_by_a_function, 1),
+        (script_deaf_by_a_coroutine, 2),
+        (script_deaf_while_nothing_runs_on_it, 0),
+    ],
+)
+def test_deaf_loop_is_replaced(script: Any, failed: int) -> None:
+    """What ran on it has failed, and whatever is spawned afterwards runs, coroutines too."""
+    result, errors = run_function(script)
+
+    assert result == {"ran": True, "failed": failed, "left": 0}
+    assert "the drainer's loop is deaf" in errors
+    assert errors.count("RuntimeError: the drainer's loop is deaf, and was replaced") == failed
+
+
+def fail(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_loop_is_not_replaced_if_there_is_no_thread_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next look tries again."""
+    with Core(conn_max=1) as core, AsyncGate() as gate:
+        core.spawn("waits", gate)
+        gate.wait_entered()
+        before = core.drainer.loop.running, core.drainer.loop.thread
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fail)
+            with pytest.raises(RuntimeError):
+                core.drainer.replace_loop()
+
+        assert (core.drainer.loop.running, core.drainer.loop.thread) == before
+
+        gate.open()
+        core.drain()
+
+        assert core.stats().succeeded == 1
+
+
+def test_callback_that_waits_in_a_selector_of_its_own_is_not_taken_for_a_deaf_loop() -> None:
+    """Nor is a task: subprocess.communicate() waits so."""
+    with Watched(conn_max=1) as core, AsyncGate() as waits:
+        core.spawn("waits", waits)
+        waits.wait_entered()
+        one, other = socket.socketpair()
+        with one, other, selectors.DefaultSelector() as selector:
+            selector.register(one, selectors.EVENT_READ)
+            core.drainer.loop.call_soon(selector.select)
+            [line] = core.logs.wait("has not answered")
+            other.send(b"x")
+            core.logs.wait("the drainer's loop answers again")
 
         assert "a callback blocks it" in line
