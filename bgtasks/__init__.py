@@ -11,6 +11,7 @@ from bgtasks.pools import pools
 spawn = pools.default.spawn
 spawn_on_commit = pools.default.spawn_on_commit
 aspawn_on_commit = pools.default.aspawn_on_commit
+using = pools.default.using
 stats = pools.stats
 drain = pools.drain
 adrain = pools.adrain
@@ -28,4 +29,5 @@ __all__ = [
     "spawn",
     "spawn_on_commit",
     "stats",
+    "using",
 ]

@@ -12,6 +12,7 @@ from django.apps import apps
 from bgtasks import conf
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import log
+from bgtasks.core.policy import Options
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.shutdown import Shutdown
 from bgtasks.core.slots import Slots
@@ -27,6 +28,7 @@ class Built(NamedTuple):
     shutdown: Shutdown
     drops: DropLog
     mode: str
+    options: Options | None = None  # of each task, if there are any
 
 
 def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
@@ -46,6 +48,8 @@ def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
             "when the process ends is lost",
         )
     queue = TaskQueue(name, config.capacity, config.conn_max)
+    queue.displaces = config.on_full == conf.DROP_OLDEST
+    queue.makes_room = queue.displaces or config.expires is not None
     slots = _type_of_slots(name, config)(
         queue,
         hooks,
@@ -55,7 +59,13 @@ def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
         shutdown_timeout=config.shutdown_timeout,
         notify=drainer.notify,
     )
-    return Built(slots, Shutdown(slots, drainer), DropLog(queue, drainer.loop.call_later), config.mode)
+    drops = DropLog(queue, drainer.loop.call_later)
+    return Built(slots, Shutdown(slots, drainer), drops, config.mode, _options(config))
+
+
+def _options(config: conf.PoolConfig) -> Options | None:
+    options = Options(expires=config.expires, retries=config.retries, retry_delay=config.retry_delay)
+    return None if options == Options(retry_delay=config.retry_delay) else options
 
 
 def _type_of_slots(name: str, config: conf.PoolConfig) -> Callable[..., Slots]:

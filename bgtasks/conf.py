@@ -13,6 +13,7 @@ from bgtasks.exceptions import InvalidSettings
 
 OVERFLOW, ALWAYS = "overflow", "always"  # HANDOFF_WHEN
 POOL, INLINE = "pool", "inline"  # MODE
+DROP_NEWEST, DROP_OLDEST = "drop_newest", "drop_oldest"  # ON_FULL
 
 DEFAULT_POOL = "default"  # exists even if BGTASKS does not mention it
 SNAPSHOT_INTERVAL_MIN = 0.1  # seconds
@@ -28,6 +29,10 @@ class PoolOptions(TypedDict, total=False):
     CONN_MAX: int
     TASK_TIMEOUT: float | None
     SHUTDOWN_TIMEOUT: float
+    EXPIRES: float | None
+    ON_FULL: Literal["drop_newest", "drop_oldest"]
+    RETRIES: int
+    RETRY_DELAY: float
     HANDOFF_TO: str | None
     HANDOFF_WHEN: Literal["overflow", "always"]
     MODE: Literal["pool", "inline"]
@@ -41,6 +46,10 @@ class PoolConfig(NamedTuple):
         conn_max: Tasks that may run at once, and connections they may hold per database alias.
         task_timeout: Seconds after which an asynchronous task is cancelled, and a plain function reported.
         shutdown_timeout: Seconds that accepted tasks have to end once the process shuts down.
+        expires: Seconds that a task may wait before it is too old to run.
+        on_full: ``"drop_newest"``, or ``"drop_oldest"`` to give up the oldest waiting task for a new one.
+        retries: How often a task that has failed is tried again.
+        retry_delay: Seconds before the first of these tries, doubled with each.
         handoff_to: The alias in TASKS of the engine that waiting tasks are moved to.
         handoff_when: ``"overflow"``, when the queue is nearly full and at shutdown, or ``"always"``.
         mode: ``"pool"``, or ``"inline"`` to run every task at once in the code that spawns it.
@@ -50,6 +59,10 @@ class PoolConfig(NamedTuple):
     conn_max: int = 8
     task_timeout: float | None = None
     shutdown_timeout: float = 8
+    expires: float | None = None
+    on_full: str = DROP_NEWEST
+    retries: int = 0
+    retry_delay: float = 1.0
     handoff_to: str | None = None
     handoff_when: str = OVERFLOW
     mode: str = POOL
@@ -302,6 +315,30 @@ _OPTIONS = {
         "SHUTDOWN_TIMEOUT is in seconds: 1 or more, 8 by default.",
         (int, float),
         1,
+    ),
+    "EXPIRES": _Option(
+        "a number of seconds or None",
+        "EXPIRES is in seconds: 1 or more, or None, the default, for tasks that are never too old.",
+        (int, float, type(None)),
+        1,
+    ),
+    "ON_FULL": _Option(
+        "a string",
+        f"ON_FULL is {DROP_NEWEST!r}, the default, or {DROP_OLDEST!r}.",
+        (str,),
+        choices=(DROP_NEWEST, DROP_OLDEST),
+    ),
+    "RETRIES": _Option(
+        "a whole number",
+        "RETRIES is how often a task that has failed is tried again: 0 by default.",
+        (int,),
+        0,
+    ),
+    "RETRY_DELAY": _Option(
+        "a number of seconds",
+        "RETRY_DELAY is in seconds: 0 or more, 1.0 by default.",
+        (int, float),
+        0,
     ),
     "HANDOFF_TO": _Option(
         "the name of an alias in TASKS or None",

@@ -1,4 +1,4 @@
-"""The warnings about tasks that were not accepted."""
+"""The warnings about tasks that were not accepted, or were shed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from math import inf
 from time import monotonic
 
-from bgtasks.core.figures import DropReason
+from bgtasks.core.figures import DropReason, ShedReason
 from bgtasks.core.lock import free, new_lock
 from bgtasks.core.log import escaped, log_bare, logger
 from bgtasks.core.queue import TaskQueue
@@ -28,13 +28,14 @@ class DropLog:
         self._queue = queue
         self._later = later  # calls back after so many seconds, on another thread, or never
         self._lock = new_lock()
-        self._names: dict[str, _Drops] = {}  # under the lock, as all in it
+        self._names: dict[tuple[type, str], _Drops] = {}  # under the lock, as all in it
 
-    def note(self, name: str, reason: DropReason) -> None:
-        """Count a drop of a task called `name`, and warn of it if nobody has for a while."""
+    def note(self, name: str, reason: DropReason | ShedReason) -> None:
+        """Count that a task called `name` was dropped or shed, and warn if nobody has for a while."""
         try:
             with self._lock:
-                drops = self._names.get(name) or self._add(name)
+                key = reason.__class__, name
+                drops = self._names.get(key) or self._add(key, reason)
                 drops.unsaid += 1
                 drops.reason = reason
                 count = self._take(drops) if monotonic() >= drops.quiet_until else 0
@@ -55,9 +56,11 @@ class DropLog:
             free(self._lock)
             raise
 
-    def _add(self, name: str) -> _Drops:
-        key, shown = (name, name) if len(self._names) < DROP_NAMES else ("", "(of many names)")
-        return self._names.setdefault(key, _Drops(shown))
+    def _add(self, key: tuple[type, str], reason: DropReason | ShedReason) -> _Drops:
+        kind, name = key
+        if len(self._names) >= DROP_NAMES:
+            key, name = (kind, ""), "(of many names)"
+        return self._names.setdefault(key, _Drops(name, reason))
 
     @staticmethod
     def _take(drops: _Drops) -> int:
@@ -81,7 +84,7 @@ class DropLog:
         self._write(drops.name, drops.reason, count)
         self._later(DROP_INTERVAL, partial(self._look, drops))
 
-    def _write(self, name: str, reason: DropReason, count: int) -> None:
+    def _write(self, name: str, reason: DropReason | ShedReason, count: int) -> None:
         queue = self._queue
         why = {
             DropReason.FULL: f"pool {queue.pool!r} is full (capacity {queue.capacity})",
@@ -91,9 +94,12 @@ class DropLog:
             else f"pool {queue.pool!r} cannot start a thread",
             DropReason.NO_LOOP: NO_LOOP,
             DropReason.PROPAGATOR: "a propagator could not capture its value",
+            ShedReason.EXPIRED: "it has waited for too long",
+            ShedReason.DISPLACED: f"pool {queue.pool!r} is full (capacity {queue.capacity}) of newer ones",
         }[reason]
-        args: tuple[object, ...] = (name, why) if count == 1 else (name, count, why)
-        message = "task %r dropped: %s" if count == 1 else "task %r dropped %d times more: %s"
+        what = "shed" if isinstance(reason, ShedReason) else "dropped"
+        args: tuple[object, ...] = (name, what, why) if count == 1 else (name, what, count, why)
+        message = "task %r %s: %s" if count == 1 else "task %r %s %d times more: %s"
         extra = {
             "task": escaped(name),
             "pool": queue.pool,
@@ -107,12 +113,12 @@ class DropLog:
 
 
 class _Drops:
-    """The drops of tasks of one name."""
+    """The drops, or the shed ones, of tasks of one name."""
 
     __slots__ = ("name", "quiet_until", "reason", "unsaid")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, reason: DropReason | ShedReason) -> None:
         self.name = name
         self.unsaid = 0  # drops that no warning has told of
-        self.reason = DropReason.FULL  # of the last drop
+        self.reason = reason  # of the last drop
         self.quiet_until = 0.0  # monotonic seconds

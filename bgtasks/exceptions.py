@@ -17,7 +17,7 @@ class InvalidSettings(ImproperlyConfigured):
 
 
 class TaskDropped(Exception):  # noqa: N818  # an outcome, not a mistake
-    """The error of a ``django.tasks`` task that its pool did not accept or, at shutdown, gave up.
+    """The error of a ``django.tasks`` task that its pool did not accept, or gave up before it had run.
 
     It is never raised: ``enqueue`` returns a result that says FAILED, and has this in its ``errors``.
     """

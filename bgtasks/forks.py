@@ -78,7 +78,7 @@ class Forks:
         """Forget the parent's threads, loop and slots."""
         drainer = self._drainer
         for pool in self._held:
-            for task in [*pool.queue.checked_out, *pool.queue.waiting]:
+            for task in pool.queue.held():
                 task.discard()
         drainer.loop.end_if_forked = end_child
         if threading.current_thread() is drainer.loop.thread and drainer.loop.running is not None:

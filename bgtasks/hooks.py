@@ -20,10 +20,11 @@ from django.dispatch import Signal
 
 from bgtasks import context as task_context
 from bgtasks import database, propagators, shortcuts
-from bgtasks.core.figures import DropReason, Outcome
+from bgtasks.core.figures import DropReason, Outcome, ShedReason
 from bgtasks.core.log import escaped, log, logger
 from bgtasks.core.task import Hooks, Task
-from bgtasks.signals import task_dropped, task_finished, task_spawned, task_started
+from bgtasks.exceptions import TaskDropped
+from bgtasks.signals import task_dropped, task_finished, task_shed, task_spawned, task_started
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +34,9 @@ OWN_PACKAGE = "bgtasks.core."  # the frames by which a task is called
 FRAMES = 30  # the innermost frames of a traceback that are kept of each exception in it
 TEXT_MAX = 4000  # characters of a traceback that are kept: the end of it, which says what happened
 
-NOT_RUN = frozenset({Outcome.CANCELLED, Outcome.HANDED_OFF})  # outcomes of which a task does not know itself
+NOT_RUN = frozenset(
+    {Outcome.CANCELLED, Outcome.HANDED_OFF, Outcome.SHED}
+)  # outcomes of which a task does not know itself
 
 
 class Tracer(Protocol):
@@ -203,14 +206,42 @@ class DjangoHooks(Hooks):
 
     def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
         """Send ``task_finished``, and tell a task that was not run to its end, if it wants to know."""
-        if outcome in NOT_RUN and isinstance(task.function, Recorded):
-            try:
-                task.function.finished(outcome)
-            except BaseException as problem:
-                log(logging.ERROR, "the end of task %r could not be recorded", task.name, error=problem)
+        self._tell_recorded(task, outcome)
         self._send(task_finished, name=task.name, outcome=outcome.label, error=error)
         if self.tracer is not None:
             self._trace(self.tracer.finished, task, outcome, error)
+
+    def _tell_recorded(self, task: Task, outcome: Outcome) -> None:
+        if outcome not in NOT_RUN or not isinstance(task.function, Recorded):
+            return
+        try:
+            task.function.finished(outcome)
+        except BaseException as problem:
+            log(logging.ERROR, "the end of task %r could not be recorded", task.name, error=problem)
+
+    def shed(self, task: Task, reason: ShedReason) -> None:
+        """Tell the listeners that a waiting `task` was given up: shed, or failed if it was tried before."""
+        if task.outcome is not Outcome.SHED:
+            error = TaskDropped(f"task {task.name!r} was to be tried again, and was {reason.value}")
+            self.ended(task, Outcome.FAILED, error, 0)
+            self.finished(task, Outcome.FAILED, error)
+            return
+        self._tell_recorded(task, Outcome.SHED)
+        self._send(task_shed, name=task.name, reason=reason.value)
+        if self.tracer is not None:
+            self._trace(self.tracer.finished, task, Outcome.SHED, None)
+
+    def retried(  # noqa: PLR0917
+        self, task: Task, tries: int, error: BaseException | None, delay: float, refusal: str | None
+    ) -> None:
+        """Log that `task` has failed and waits for another try, or why it does not."""
+        kind = "" if error is None else escaped(type(error).__name__)
+        if refusal is None:
+            message = "task %r of pool %r has failed (%s) %d times; it is tried again in %.1f s"
+            log(logging.WARNING, message, task.name, self._name, kind, tries, delay)
+        else:
+            message = "task %r of pool %r has failed (%s), and is not tried again: %s"
+            log(logging.WARNING, message, task.name, self._name, kind, refusal)
 
     def _trace(self, step: Callable[..., None], *args: object) -> None:
         try:

@@ -25,13 +25,33 @@ def run(queue: TaskQueue, hooks: Hooks, task: Task) -> None:
 
     What the task raises goes up into the code that has spawned it. It counts like any other task.
     """
-    task.begin(monotonic())
     outcome = Outcome.FAILED
     try:
-        _run(hooks, task)
+        while not _try(hooks, task):
+            pass
         outcome = Outcome.SUCCEEDED
     finally:
         queue.count_inline(task, outcome)
+
+
+def _try(hooks: Hooks, task: Task) -> bool:
+    """Run `task`; False if it has failed and is to be tried again, which happens at once."""
+    task.begin(monotonic())
+    try:
+        _run(hooks, task)
+    except BaseException as error:
+        if task.policy is None or not _tries_again(task, error):
+            raise
+        task.policy.tries += 1
+        hooks.retried(task, task.policy.tries, error, 0.0, None)
+        return False
+    return True
+
+
+def _tries_again(task: Task, error: BaseException | None) -> bool:
+    if task.policy is None or error is None:
+        return False
+    return task.policy.delay_after(Outcome.FAILED, error, task.started_at) is not None
 
 
 def _run(hooks: Hooks, task: Task) -> None:
@@ -73,7 +93,7 @@ def _call(hooks: Hooks, task: Task) -> None:
         error = exception
         raise
     finally:
-        if told:
+        if told and not _tries_again(task, error):
             hooks.finished(task, Outcome.SUCCEEDED if error is None else Outcome.FAILED, error)
         del error  # its traceback refers to this frame, and this frame to it
 
@@ -134,7 +154,7 @@ async def _tell_and_await(hooks: Hooks, task: Task) -> None:
         error = exception
         raise
     finally:
-        if told:
+        if told and not _tries_again(task, error):
             outcome = Outcome.SUCCEEDED if error is None else Outcome.FAILED
             await sync_to_async(hooks.finished)(task, outcome, error)
         del error

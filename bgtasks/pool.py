@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, ParamSpec, overload
-
-from asgiref.sync import sync_to_async
-from django.core.exceptions import SynchronousOnlyOperation
-from django.db import transaction
+from typing import NamedTuple
 
 from bgtasks import conf
 from bgtasks.building import Built, build
 from bgtasks.context import FAILED
 from bgtasks.core.drainer import Drainer
-from bgtasks.core.figures import DropReason
+from bgtasks.core.figures import DropReason, Outcome, ShedReason
 from bgtasks.core.places import State
+from bgtasks.core.policy import Options
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.hooks import DjangoHooks
 from bgtasks.monitoring.figures import PoolStats, read_stats
 from bgtasks.process import lifespan
 from bgtasks.signals import task_spawned
-from bgtasks.submission import DjangoTask, OnCommit, is_function, make_task
+from bgtasks.spawning import Spawning, Using, check_options, policy_for
 from bgtasks.waiting import Waitable
-
-P = ParamSpec("P")
 
 
 class Diverted(NamedTuple):
@@ -34,7 +29,7 @@ class Diverted(NamedTuple):
     take: Callable[[Pool, Task], bool] | None
 
 
-class Pool(Waitable):
+class Pool(Waitable, Spawning):
     """One queue and its slots, under one name.
 
     A pool is a handle that stays the same for the life of the process. What it stands for is built from
@@ -54,6 +49,7 @@ class Pool(Waitable):
         self.hooks = DjangoHooks(self)
         # Takes tasks in place of the queue: the MODE "inline", or bgtasks.testing.
         self._divert: Callable[[Pool, Task], bool] | None = None
+        self._options: Options | None = None  # of its settings, if any task has a policy
         self._built: dict[str, Built] = {}  # by our name, and at most one; see use
         self.slots: Slots | None = None  # what runs the pool's tasks; written last
 
@@ -64,94 +60,47 @@ class Pool(Waitable):
         running = f"{stats.running}/{stats.conn_max} running"
         return f"<Pool {self.name!r} {running}, {stats.queued}/{stats.capacity} queued>"
 
-    @property
-    def is_diverted(self) -> bool:
-        """Whether its tasks go somewhere else than into its queue."""
-        return self._divert is not None
-
     # Spawning.
 
-    @overload
-    def spawn(
-        self, name: str, task: Callable[P, object] | DjangoTask[P], /, *args: P.args, **kwargs: P.kwargs
-    ) -> bool: ...
+    def using(
+        self,
+        *,
+        expires: float | None = None,
+        key: str | None = None,
+        retries: int | None = None,
+        retry_delay: float | None = None,
+        retry_on: type[BaseException] | tuple[type[BaseException], ...] | None = None,
+        database: str | None = None,
+    ) -> Using:
+        """Return the pool with options for what is spawned through it: ``using(expires=60).spawn(...)``.
 
-    @overload
-    def spawn(self, name: str, task: Awaitable[object], /) -> bool: ...
-
-    def spawn(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> bool:
-        """Have `task` run in the background, and return at once.
-
-        Never blocks, and never raises because of load or state. May be called from anywhere: sync and async
-        code, threads, signal handlers.
+        What is left out is as the pool's settings say.
 
         Args:
-            name: What the task is called in logs and figures. One name for each kind of task.
-            task: A plain or ``async def`` function, a coroutine object, or a task made by
-                ``@django.tasks.task``. Whatever awaitable a plain function returns is awaited.
-            *args: Passed to `task`.
-            **kwargs: Passed to `task`.
-
-        Returns:
-            True if the task was accepted, False if it was dropped, since the queue is full or shut down.
-
-        Raises:
-            TypeError: `name` is not a string, or `task` is nothing that can be run.
-            PoolDoesNotExist: BGTASKS no longer defines this pool.
-            InvalidSettings: BGTASKS has a mistake.
-        """
-        slots = self.slots
-        # Under overload it is the making of the task that costs most. A look without the lock will do: if the
-        # queue fills up just after it, put says so.
-        full = slots is not None and slots.queue.queued >= slots.queue.capacity
-        if full and self._divert is None and is_function(name, task):
-            return self._refuse(name)
-        return self.submit(make_task(name, task, args, kwargs))
-
-    @overload
-    def spawn_on_commit(
-        self, name: str, task: Callable[P, object] | DjangoTask[P], /, *args: P.args, **kwargs: P.kwargs
-    ) -> None: ...
-
-    @overload
-    def spawn_on_commit(self, name: str, task: Awaitable[object], /) -> None: ...
-
-    def spawn_on_commit(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> None:
-        """Spawn `task` once the surrounding transaction has committed, or at once if there is none.
-
-        Nothing is spawned if it is rolled back. The task's context is that of this call. The transaction is
-        the one of the default database, as with Django's ``transaction.on_commit``.
+            expires: Seconds that a task may wait; one that is older is not run.
+            key: If a task of the same name and key waits, the new one takes its place in the queue.
+            retries: How often a task that has failed is tried again.
+            retry_delay: Seconds before that, doubled with each try, up to 60.
+            retry_on: What a task must have raised to be tried again: ``Exception`` by default. One that has
+                timed out counts as TimeoutError.
+            database: Alias of the one whose commit ``spawn_on_commit`` waits for.
 
         Raises:
-            TypeError: As ``spawn``.
-            SynchronousOnlyOperation: Called in async code. Use ``aspawn_on_commit`` there.
+            TypeError: An option has a wrong type.
+            ValueError: An option is out of range, or there is no such database.
         """
-        commit = OnCommit(self.submit, make_task(name, task, args, kwargs))
-        try:
-            transaction.on_commit(commit)
-        except SynchronousOnlyOperation:
-            raise SynchronousOnlyOperation(
-                f"spawn_on_commit({name!r}, ...) was called in async code, which has no transaction "
-                "of its own; use 'await bgtasks.aspawn_on_commit(...)'"
-            ) from None
+        options = {
+            "expires": expires,
+            "key": key,
+            "retries": retries,
+            "retry_delay": retry_delay,
+            "retry_on": retry_on,
+            "database": database,
+        }
+        return Using(self.submit, self._default_options, check_options(options))
 
-    @overload
-    async def aspawn_on_commit(
-        self, name: str, task: Callable[P, object] | DjangoTask[P], /, *args: P.args, **kwargs: P.kwargs
-    ) -> None: ...
-
-    @overload
-    async def aspawn_on_commit(self, name: str, task: Awaitable[object], /) -> None: ...
-
-    async def aspawn_on_commit(self, name: str, task: Any, /, *args: Any, **kwargs: Any) -> None:
-        """Do as ``spawn_on_commit`` does, from async code.
-
-        Raises:
-            TypeError: As ``spawn``.
-        """
-        commit = OnCommit(self.submit, make_task(name, task, args, kwargs))
-        # On the thread of the caller's ORM calls, where its transaction is.
-        await sync_to_async(transaction.on_commit)(commit)
+    def _default_options(self) -> Options:
+        return self.build().options or Options()
 
     def submit(self, task: Task) -> bool:
         """Have a `task` run that is made already. See ``spawn``."""
@@ -162,6 +111,8 @@ class Pool(Waitable):
 
     def _submit(self, task: Task) -> bool:
         slots = self.slots or self._build_for(task)
+        if self._options is not None and task.policy is None:
+            task.policy = policy_for(task, self._options)
         if self._divert is not None and task.captured is not FAILED:
             return self._divert(self, task)
         if task.spawned_at >= lifespan.look_at:
@@ -198,7 +149,7 @@ class Pool(Waitable):
             task.discard()
             raise
 
-    def _refuse(self, name: str) -> bool:
+    def refuse(self, name: str) -> bool:
         """Drop a task called `name`, which was not even made."""
         slots = self.build().slots
         if task_spawned.receivers:
@@ -215,6 +166,12 @@ class Pool(Waitable):
         self.build().drops.note(name, reason)
         self.hooks.dropped(name, reason)
         return False
+
+    def _note_shed(self, task: Task, reason: ShedReason) -> None:
+        """Tell of a task that the queue has given up, and counted."""
+        if task.outcome is Outcome.SHED:
+            self.build().drops.note(task.name, reason)
+        self.hooks.shed(task, reason)
 
     # What it stands for.
 
@@ -236,7 +193,9 @@ class Pool(Waitable):
         Other threads may build the pool as well, and so may a signal handler or a ``__del__`` between any two
         of these lines: what is in the dictionary first holds. If one raises, the next call does the rest.
         """
-        self._divert = self._target(new.mode)
+        self._set_target(new.mode)
+        self._options = new.options
+        new.slots.queue.on_shed = self._note_shed
         built = self._built.setdefault(self.name, new)
         self.drainer.add(built.slots)
         # A shutdown may have passed by *just* before that.
@@ -248,19 +207,20 @@ class Pool(Waitable):
     def set_divert(self) -> None:
         """Look where tasks go: to the queue, or inline, or where a test tool has them go."""
         built = self._built.get(self.name)
-        self._divert = self._target(conf.POOL if built is None else built.mode)
+        self._set_target(conf.POOL if built is None else built.mode)
 
-    def _target(self, mode: str) -> Callable[[Pool, Task], bool] | None:
-        """Return what takes the tasks of a pool in this MODE; None for its queue."""
+    def _set_target(self, mode: str) -> None:
         diverted = self._diverted()
         if diverted is not None:
-            return diverted.take
-        return run_inline if mode == conf.INLINE else None
+            self._divert = diverted.take
+        else:
+            self._divert = run_inline if mode == conf.INLINE else None
+        self.is_diverted = self._divert is not None
 
     def forget(self) -> None:
         """Build anew at the next use. The drainer has let go of the slots."""
         self.hooks = DjangoHooks(self)
-        self._built = {}
+        self._options, self._built = None, {}
         self.slots = None
 
     def parts(self) -> Sequence[Built]:

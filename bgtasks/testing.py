@@ -282,7 +282,7 @@ def _describe(slots: Slots) -> str:
         lines.append(
             f"task {task.name!r} of pool {queue.pool!r} runs for {seconds:.1f} s, at:\n{_stack(slots, task)}"
         )
-    for name, number in Counter(task.name for task in [*queue.checked_out, *queue.waiting]).items():
+    for name, number in Counter(task.name for task in queue.held()).items():
         lines.append(f"task {name!r} of pool {queue.pool!r} waits, {_times(number)}")
     return "\n".join(lines)
 

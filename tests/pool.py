@@ -145,7 +145,7 @@ class BackgroundThread:
 
 def held(queue: TaskQueue) -> list[Task]:
     """Return the tasks that wait, those that are checked out first."""
-    return [*queue.checked_out, *queue.waiting]
+    return queue.held()
 
 
 class Drained:

@@ -26,7 +26,7 @@ from tests.testapp.models import Note
 
 ALIASES = ["default", "pooled", "sqlite"]
 MODULE_LINES = 400  # of a module of the package at most
-CORE_LINES = 2040  # of the core at most, in all; 1500 are aimed at
+CORE_LINES = 2395  # of the core at most, in all; 2000 are aimed at
 KINDS = ["servers", "engines", "browser", "kit"]  # of the environments that run the tests of one marker
 
 under_tox = pytest.mark.skipif("TOX_ENV_NAME" not in os.environ, reason="not under tox")

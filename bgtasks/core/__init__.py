@@ -6,6 +6,8 @@ A task's way through the modules::
     lock      the lock of a pool
     places    the states of a queue, and the places of its slots
     drain     what a step is, and who waits for tasks to end
+    policy    the options of a submission: expiry, key, retries
+    waiting   what waits: put, shed, coalesced, delayed, checked out
     queue     every step of a task from one place to the next, each under the pool's one lock
     slot      a thread that runs plain functions and serves coroutines
     slots     the slots of one pool

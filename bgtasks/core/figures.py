@@ -25,13 +25,15 @@ OTHERS = "(other names)"
 
 
 class Outcome(enum.IntEnum):
-    """How an accepted task ended: every one in exactly one way. The number is its place in ``ended``."""
+    """How an accepted task ended: each in exactly one way. The number is its place in ``ended``."""
 
     SUCCEEDED = 0
     FAILED = 1
     TIMED_OUT = 2
     CANCELLED = 3
     HANDED_OFF = 4
+    SHED = 5
+    COALESCED = 6  # of a submission: an earlier one that waits has become it
 
     @property
     def label(self) -> str:
@@ -51,23 +53,40 @@ class DropReason(enum.Enum):
     PROPAGATOR = "propagator"  # one could not capture its value
 
 
+class ShedReason(enum.Enum):
+    """Why a task that waited was given up."""
+
+    EXPIRED = "expired"
+    DISPLACED = "displaced"
+
+
 class NameFigures:
     """The tasks of one name in one pool."""
 
     __slots__ = (
-        "dropped", "ended", "name", "queued", "run_max", "run_seconds", "running", "runs", "spawned",
-        "wait_max", "wait_seconds", "waits",
+        "dropped", "ended", "name", "queued", "retried", "run_max", "run_seconds", "running", "runs",
+        "spawned", "wait_max", "wait_seconds", "waits",
     )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.spawned = self.queued = self.running = 0
+        self.retried = 0  # tries that have failed, after which the tasks have waited again
         self.ended = [0] * len(Outcome)
         self.dropped: dict[DropReason, int] = dict.fromkeys(DropReason, 0)
         self.waits = [0] * (len(BOUNDS) + 1)  # tasks that have run, by the bucket of the time they waited
         self.runs = [0] * (len(BOUNDS) + 1)  # the same tasks, by the bucket of the time they ran
         self.wait_seconds = self.run_seconds = 0.0
         self.wait_max = self.run_max = 0.0
+
+    def count_try(self, waited: float, wait: int, ran: float, run: int) -> None:
+        """Count the seconds that a task waited and ran, each with its bucket, which is tried again."""
+        self.waits[wait] += 1
+        self.runs[run] += 1
+        self.wait_seconds += waited
+        self.run_seconds += ran
+        self.wait_max = max(self.wait_max, waited)
+        self.run_max = max(self.run_max, ran)
 
 
 class Account(dict[str, NameFigures]):

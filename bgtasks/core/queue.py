@@ -1,4 +1,6 @@
-"""The bounded queue of one pool, and every step of its tasks, each under the pool's one lock.
+"""The queue of one pool: every step of its tasks, each under the pool's one lock.
+
+The half that only concerns what waits is in ``bgtasks.core.waiting``.
 
 At every moment a task is in exactly one place: waiting, checked out, in a slot, or counted as ended. Each
 change of place is one step under the lock, together with the figures that it changes. So figures are of one
@@ -12,17 +14,18 @@ after a call. So what belongs together is changed without a call between, and ``
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from time import monotonic
 from typing import TypeVar
 
-from bgtasks.core.drain import Steps, step
-from bgtasks.core.figures import Account, DropReason, Outcome
+from bgtasks.core.drain import step
+from bgtasks.core.figures import Outcome, ShedReason
 from bgtasks.core.lock import acquire, free
 from bgtasks.core.places import Place, SlotState, State
+from bgtasks.core.policy import Policy
 from bgtasks.core.task import Life, Task
+from bgtasks.core.waiting import Waiting, is_too_old
 
 T = TypeVar("T")
 
@@ -31,72 +34,18 @@ CLAIM_PATIENCE = 1.0  # seconds for the loop to claim; then a thread does, and h
 _started_at = attrgetter("started_at")
 
 
-class TaskQueue(Steps):
-    """At most `capacity` waiting tasks, the places of the slots, and the figures of all tasks."""
+class TaskQueue(Waiting):
+    """What waits in a pool, and the places of its slots."""
 
     def __init__(self, pool: str, capacity: int, conn_max: int) -> None:
-        self.pool = pool
-        self.capacity = capacity
+        super().__init__(pool, capacity)
         self.conn_max = conn_max
-        super().__init__()
         self.ask_loop: Callable[[], object] = lambda: None  # has the loop call `claim`
         # All that follows is written under the lock.
-        self.state = State.OPEN
-        self.paused = False  # no task is taken
-        self.waiting: deque[Task] = deque()
-        self.checked_out: dict[Task, None] = {}  # with a consumer that may hand them off, oldest first
-        self.check_out_new = False  # what is put is checked out at once
-        self.queued = 0  # how many wait or are checked out
         self.slots: Sequence[SlotState] = []  # those that have threads
-        self.idle: list[SlotState] = []  # the last one to go idle gets the first task: its thread is warm
         self.waking: SlotState | None = None  # the idle slot whose thread was woken; see to_wake
         self.asked_at = 0.0  # monotonic seconds; the loop is going to claim, if it is not deaf; 0.0 if not
         self.loop_blocked = False  # coroutines are left waiting
-        self.account = Account()
-        self.handoff_failures = 0
-
-    # For spawners.
-
-    def put(self, task: Task) -> DropReason | None:
-        """Accept `task` and return None, or count a drop and return its reason."""
-        lock, wake, reason = self.lock, None, None
-        try:  # as in `step`, whose wrapper would cost each spawn 0.2 µs
-            if not lock.acquire(False):
-                acquire(lock)
-            task.figures = figures = self.account.get(task.name) or self.account.of(task.name)
-            # No call from here to the next one: all of it is done or nothing, and nobody spawns in between.
-            figures.spawned += 1
-            if self.queued >= self.capacity or self.state is not State.OPEN:
-                reason = DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN
-                figures.dropped[reason] += 1
-            else:
-                figures.queued += 1
-                self.queued += 1
-                if self.check_out_new:
-                    self.checked_out[task] = None
-                else:
-                    self.waiting.append(task)
-                if self.idle:
-                    wake = self.to_wake()
-            lock.release()
-            if wake is not None:
-                wake()
-        except BaseException:
-            self.repair()
-            raise
-        if reason is not None:
-            task.discard()
-        return reason
-
-    @step
-    def refuse(self, name: str, reason: DropReason | None = None) -> DropReason:
-        """Count the drop of a task called `name` that was not even made, and return the reason."""
-        if reason is None:
-            reason = DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN
-        figures = self.account.of(name)
-        figures.spawned += 1
-        figures.dropped[reason] += 1
-        return reason
 
     # For slots. `slot` is the one that asks.
 
@@ -127,7 +76,9 @@ class TaskQueue(Steps):
         left to the loop, which claims an idle slot for each.
         """
         waiting = self.waiting
-        if not self.idle or self._ready() is None:
+        if self.shed and self.idle:
+            return self.idle[-1].wake  # to tell of it
+        if not self.idle or self._first() is None:
             return None
         if not self.loop_blocked and waiting[0].asynchronous and waiting[-1].asynchronous:
             now = monotonic()
@@ -145,15 +96,28 @@ class TaskQueue(Steps):
     def claim(self) -> SlotState | None:
         """Give the oldest waiting task to an idle slot, and return that, if the task is asynchronous."""
         self.asked_at = 0.0
+        now = monotonic()
+        self._release_due(now)
+        self._shed_expired(now)
         if not self.idle or not self.waiting or self.paused or not self.waiting[0].asynchronous:
             return None
-        slot = self.idle.pop()
+        slot = self.idle[-1]
+        self._leave_idle(slot)
         slot.place = Place.LOOP
-        self._give(slot, monotonic())
+        self._give(slot, now)
         return slot
 
-    def _ready(self) -> int | None:
-        """Return where the next task to give is, if there is one: while the loop is blocked, a function."""
+    def _ready(self, now: float) -> int | None:
+        """Release what is due, shed what is too old, and return where the next task is, if there is one."""
+        self._release_due(now)
+        while (index := self._first()) is not None:
+            if self.waiting[index].policy is None or not is_too_old(self.waiting[index], now):
+                break
+            self._shed(ShedReason.EXPIRED, index)
+        return index
+
+    def _first(self) -> int | None:
+        """Return where the first task is that may be given: while the loop is blocked, a function."""
         if not self.waiting or self.paused:
             return None
         if not self.loop_blocked:
@@ -162,10 +126,12 @@ class TaskQueue(Steps):
 
     def _give(self, slot: SlotState, now: float, index: int = 0) -> Task:
         """Move a waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
+        # No call from here on, so all of it is done or nothing.
         task = self.waiting[index]
-        figures = task.figures
-        task.begin(now)
-        # No call from here to the last one, so all of it is done or nothing.
+        figures, policy = task.figures, task.policy
+        task.started_at = now
+        task.verdict = task.runner = task.stop_reason = None
+        task.watched = task.overran = False
         self.queued -= 1
         figures.queued -= 1
         figures.running += 1
@@ -174,6 +140,8 @@ class TaskQueue(Steps):
         if slot.place is not Place.LOOP or not task.asynchronous:
             slot.place = Place.THREAD
         del self.waiting[index]
+        if policy is not None and policy.key in self.keyed and self.keyed[policy.key] is task:
+            del self.keyed[policy.key]
         return task
 
     @step
@@ -181,11 +149,13 @@ class TaskQueue(Steps):
         """Return the task that the slot's thread shall go on with; None if it may sleep."""
         if self.waking is slot:
             self.waking = None
-        if slot.place is Place.IDLE and (index := self._ready()) is not None:
-            self.idle.remove(slot)  # first: if an exception comes in between, nobody else gives it a task
-            return self._give(slot, monotonic(), index)
+        now = monotonic()
+        self._release_due(now)  # this thread may have slept until now for that, and its slot be the loop's
+        if slot.place is Place.IDLE and (index := self._ready(now)) is not None:
+            self._leave_idle(slot)  # first: if an exception comes in between, nobody else gives it a task
+            return self._give(slot, now, index)
         if slot.place is Place.THREAD and slot.task is None:
-            return self._next(slot, monotonic())
+            return self._next(slot, now)
         return slot.task if slot.place is Place.THREAD else None
 
     def end(self, slot: SlotState, task: Task, outcome: Outcome, *, take: bool = True) -> Task | None:
@@ -199,11 +169,12 @@ class TaskQueue(Steps):
         if not lock.acquire(False):
             acquire(lock)
         try:  # no step: nobody has to be woken, and an exception from outside is for the slot to mend
-            task.end(outcome, times)
+            if slot.task is task:  # or it waits to be tried again
+                task.end(outcome, times)
             slot.task = None
             if take:
                 following = self._next(slot, now)
-            if self.drains:
+            if self.drains and task.life is Life.ENDED:
                 self.mark_ended(task)
         finally:
             lock.release()
@@ -212,7 +183,7 @@ class TaskQueue(Steps):
         return following
 
     def _next(self, slot: SlotState, now: float) -> Task | None:
-        index = self._ready()
+        index = self._ready(now)
         if index is not None:
             return self._give(slot, now, index)
         self._go_idle(slot)
@@ -222,6 +193,40 @@ class TaskQueue(Steps):
         slot.place = Place.IDLE if slot in self.slots else Place.OUT
         if slot.place is Place.IDLE:
             self.idle.append(slot)
+            if self.delayed or self.shed:
+                slot.wake()  # so that its thread sleeps no longer than it may
+
+    def _leave_idle(self, slot: SlotState) -> None:
+        self.idle.remove(slot)
+        if self.delayed and self.idle:
+            self.idle[-1].wake()  # one of those that are left has to sleep no longer than it may
+
+    @step
+    def retry(self, slot: SlotState, task: Task, policy: Policy, delay: float) -> str | None:
+        """Have a `task` that has failed wait again, for `delay` seconds; or return why it cannot."""
+        now = monotonic()
+        if task.life is not Life.RUNNING or self.state is not State.OPEN:
+            return "the pool is being shut down"
+        if policy.key in self.keyed:
+            return "a newer one with its key waits"
+        if self.queued >= self.capacity or len(self.delayed) >= max(1, self.capacity // 2):
+            return "the pool is full"
+        policy.due_at = now + delay
+        index, times, figures = self._delayed_index(policy), task.times(now), task.figures
+        # No call from here to the last one, so all of it is done or nothing.
+        task.life, slot.task = Life.WAITING, None
+        task.function, task.asynchronous = policy.function, policy.asynchronous
+        task.spawned_at = policy.due_at
+        policy.tries += 1
+        figures.running -= 1
+        figures.queued += 1
+        figures.retried += 1
+        self.queued += 1
+        if policy.key:
+            self.keyed[policy.key] = task
+        self.delayed[index:index] = (task,)
+        figures.count_try(*times)
+        return None
 
     @step
     def move(self, slot: SlotState, task: Task, place: Place, to: Place) -> bool:
@@ -270,6 +275,8 @@ class TaskQueue(Steps):
         free(self.lock)
         with self.lock:
             self.waking, self.asked_at = None, 0.0
+            waits = [*self.waiting, *self.delayed]
+            self.keyed = {task.policy.key: task for task in waits if task.policy and task.policy.key}
             self.idle = [slot for slot in self.slots if slot.place is Place.IDLE]
             for waiter in list(self.drains):
                 waiter.pending = {task for task in waiter.pending if task.life is not Life.ENDED}
@@ -289,82 +296,7 @@ class TaskQueue(Steps):
         figures.spawned += 1
         figures.running += 1
 
-    # For a consumer that may hand tasks off.
-
-    @step
-    def set_check_out_new(self, on: bool) -> None:
-        """Check out at once what is put from now on, or no more."""
-        self.check_out_new = on
-
-    @step
-    def check_out(self, number: int) -> list[Task]:
-        """Check out up to `number` of the newest waiting tasks. They keep their places in CAPACITY."""
-        tasks: list[Task] = []
-        while len(tasks) < number and self.waiting:
-            task = self.waiting[-1]
-            self.checked_out[task] = None
-            self.waiting.pop()
-            tasks.append(task)
-        return tasks
-
-    @step
-    def put_back(self, tasks: Iterable[Task]) -> None:
-        """Let slots run `tasks`, unless they were cancelled, or are about to be: the queue is closed."""
-        for task in tasks:
-            if task in self.checked_out and self.state is not State.CLOSED:
-                # No call from here to the last one, so all of it is done or nothing.
-                del self.checked_out[task]
-                self.waiting.append(task)
-
-    @step
-    def count_handed_off(self, task: Task) -> bool:
-        """Count a checked-out `task` as the engine's; False if a shutdown has cancelled it before."""
-        if task not in self.checked_out:
-            return False
-        self._end_waiting(task, Outcome.HANDED_OFF, [])
-        return True
-
-    def _end_waiting(self, task: Task, outcome: Outcome, ended: list[Task]) -> None:
-        """Move the oldest waiting task, or one that is checked out, to `ended`."""
-        # No call from here to the last one, so all of it is done or nothing.
-        task.life, task.outcome = Life.ENDED, outcome
-        task.figures.queued -= 1
-        task.figures.ended[outcome] += 1
-        self.queued -= 1
-        ended += (task,)
-        if task in self.checked_out:
-            del self.checked_out[task]
-        else:
-            del self.waiting[0]
-        self.mark_ended(task)
-
-    # For whoever pauses or ends the pool.
-
-    @step
-    def pause(self) -> bool:
-        """Take no task until ``resume``; what is spawned waits. False if the pool is shut down."""
-        self.paused = self.state is State.OPEN
-        return self.paused
-
-    @step
-    def resume(self) -> None:
-        """Take tasks again."""
-        self.paused = False
-
-    @step
-    def close(self) -> None:
-        """Accept nothing more. What was accepted shall run, so it ends a pause."""
-        self.paused = False
-        if self.state is State.OPEN:
-            self.state = State.CLOSING
-
-    @step
-    def cancel_waiting(self, cancelled: list[Task], *, checked_out: bool = False) -> None:
-        """Close for good, and move what waits to `cancelled`; and if `checked_out`, what is checked out."""
-        self.state = State.CLOSED
-        self.check_out_new = False
-        for task in [*self.waiting, *(self.checked_out if checked_out else ())]:
-            self._end_waiting(task, Outcome.CANCELLED, cancelled)
+    # For whoever ends the pool.
 
     @step
     def give_up(self, tasks: Iterable[Task], cancelled: list[Task]) -> None:
@@ -393,4 +325,4 @@ class TaskQueue(Steps):
 
     def tasks(self) -> set[Task]:
         """Return the tasks that wait or run. Part of a step."""
-        return {*self.checked_out, *self.waiting, *self.running()}
+        return {*self.held(), *self.running()}

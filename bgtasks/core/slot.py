@@ -11,6 +11,7 @@ A coroutine that needs nothing of the thread is begun, run and concluded on the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sys
 import threading
@@ -18,6 +19,7 @@ import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from functools import partial
+from queue import Empty
 from time import monotonic
 from typing import Any, Protocol, cast
 
@@ -27,6 +29,7 @@ from bgtasks.core.log import log
 from bgtasks.core.loop import Loop
 from bgtasks.core.pace import Pace
 from bgtasks.core.places import Place, SlotState
+from bgtasks.core.policy import Policy
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import GENERATORS, Hooks, Task, as_coroutine, current
 
@@ -118,11 +121,14 @@ class Slot(SlotState):
             # The task is held by nobody but the call: an idle slot keeps nothing of its last one alive.
             if not self._work(self.queue.take(self)) and not self.calls:
                 idle, since = self.task is None, monotonic()
-                self.signal.get()
+                with contextlib.suppress(Empty):
+                    self.signal.get(timeout=self.queue.until_due())
                 self._stale = self._stale or (idle and monotonic() - since >= STALE_AFTER)
 
     def _work(self, task: Task | None) -> bool:
         """Run `task` and those after it, until none waits or the loop has the slot; False without a task."""
+        if self.queue.shed:
+            self._tell_shed()
         if task is None:
             return False
         queue, pace = self.queue, self.pool.pace
@@ -135,7 +141,13 @@ class Slot(SlotState):
                 task = queue.take(self)
             else:
                 task = queue.end(self, task, outcome, take=not self._stopping)
+            if queue.shed:
+                self._tell_shed()
         return True
+
+    def _tell_shed(self) -> None:
+        self.queue.tell_shed()
+        self._clean()  # receivers may have used the ORM
 
     def _run(self, task: Task) -> Outcome | None:
         """Begin or conclude `task`, and return how it ended; None if the loop goes on with it."""
@@ -210,12 +222,22 @@ class Slot(SlotState):
     def _conclude(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
         """Tell how `task` has ended. Called inside its context."""
         hooks = self.pool.hooks
-        hooks.ended(task, outcome, error, len(self.queue.waiting))
-        if not task.watched:
-            task.verdict = outcome
-        elif self.queue.decide(task, outcome):
-            hooks.finished(task, outcome, error)
+        if task.policy is None or not self._try_again(task, task.policy, outcome, error):
+            hooks.ended(task, outcome, error, len(self.queue.waiting))
+            if not task.watched:
+                task.verdict = outcome
+            elif self.queue.decide(task, outcome):
+                hooks.finished(task, outcome, error)
         hooks.leave()
+
+    def _try_again(self, task: Task, policy: Policy, outcome: Outcome, error: BaseException | None) -> bool:
+        """Have a task that has failed wait again, if it shall and can; False if this is its end."""
+        delay = policy.delay_after(outcome, error, monotonic())
+        if delay is None:
+            return False
+        refusal = self.queue.retry(self, task, policy, delay)
+        self.pool.hooks.retried(task, policy.tries, error, delay, refusal)
+        return refusal is None
 
     def _recover(self, error: BaseException) -> None:
         """Go on after an exception from outside: the task it has hit ends as failed, or as what it was."""
@@ -327,6 +349,8 @@ class Slot(SlotState):
             return None
         outcome = self._conclude_coroutine(task)
         following = self.queue.end(self, task, outcome, take=not self._stopping)
+        if self.queue.shed:
+            self.wake()  # the thread tells of it
         if following is not None and not following.asynchronous:
             self.wake()
             return None

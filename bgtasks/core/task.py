@@ -17,6 +17,7 @@ from types import AsyncGeneratorType, GeneratorType
 from typing import Any, cast
 
 from bgtasks.core.figures import BOUNDS, NameFigures, Outcome
+from bgtasks.core.policy import Policy
 
 
 class Life(enum.Enum):
@@ -32,8 +33,8 @@ class Task:
 
     __slots__ = (
         "__weakref__", "args", "asynchronous", "captured", "context", "figures", "function", "kwargs",
-        "life", "name", "outcome", "overran", "runner", "spawned_at", "started_at", "stop_reason", "verdict",
-        "watched",
+        "life", "name", "outcome", "overran", "policy", "runner", "spawned_at", "started_at",
+        "stop_reason", "verdict", "watched",
     )  # fmt: skip
 
     figures: NameFigures  # of its name; written as it is put, under the pool's lock
@@ -62,7 +63,8 @@ class Task:
         self.asynchronous = asynchronous  # may become True once: a plain function can return a coroutine
         self.context = context
         self.captured = captured  # what the hooks captured beside the context
-        self.spawned_at = monotonic()
+        self.policy: Policy | None = None  # if it has options; written before it is put
+        self.spawned_at = monotonic()  # or, after a try, when it is due again
         # Written under the pool's lock:
         self.life = Life.WAITING
         self.outcome: Outcome | None = None  # written once, as the task is counted
@@ -180,3 +182,8 @@ class Hooks:
 
     def ended(self, task: Task, outcome: Outcome, error: BaseException | None, waiting: int) -> None:
         """Log how `task` ended, while so many are `waiting`. Called in its context, before ``finished``."""
+
+    def retried(  # noqa: PLR0917
+        self, task: Task, tries: int, error: BaseException | None, delay: float, refusal: str | None
+    ) -> None:
+        """Log that `task` has failed `tries` times and waits for `delay` seconds; or why not, after all."""

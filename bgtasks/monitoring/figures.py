@@ -17,8 +17,8 @@ from bgtasks.core.queue import TaskQueue
 class PoolStats:
     """One pool's figures at one moment.
 
-    ``spawned == queued + running + succeeded + failed + timed_out + cancelled + dropped + handed_off``
-    holds in every snapshot, not only at rest.
+    ``spawned == queued + running + succeeded + failed + timed_out + cancelled + dropped + shed + coalesced +
+    handed_off`` holds in every snapshot, not only at rest.
 
     Attributes:
         capacity: Tasks that may wait.
@@ -31,7 +31,10 @@ class PoolStats:
         timed_out: Asynchronous tasks that were cancelled after ``TASK_TIMEOUT`` seconds.
         cancelled: Accepted tasks that shutdown gave up, waiting or running.
         dropped: Tasks that were not accepted.
+        shed: Accepted tasks that were given up while they waited: too old, or displaced by newer ones.
+        coalesced: Submissions that an earlier one has become, which waits under the same key.
         handed_off: Tasks that were given to the engine.
+        retried: Tries that have failed, after which the tasks have waited again. No outcome.
         stuck: Of the running ones, those past ``TASK_TIMEOUT``, which nothing can stop.
         handoff_failures: How often the engine could not be reached, or failed; the tasks ran here.
     """
@@ -46,7 +49,10 @@ class PoolStats:
     timed_out: int
     cancelled: int
     dropped: int
+    shed: int
+    coalesced: int
     handed_off: int
+    retried: int
     stuck: int
     handoff_failures: int
 
@@ -58,6 +64,7 @@ class PoolStats:
             queued=sum(of.queued for of in names),
             running=sum(of.running for of in names),
             dropped=sum(sum(of.dropped.values()) for of in names),
+            retried=sum(of.retried for of in names),
             **{outcome.label: sum(of.ended[outcome] for of in names) for outcome in Outcome},
             **of_the_pool,
         )
@@ -110,6 +117,7 @@ class NameStats(NamedTuple):
     running: int
     ended: tuple[int, ...]  # by outcome, in the order of Outcome
     dropped: Mapping[str, int]  # by reason
+    retried: int
     waits: Times  # how long those that have run had waited
     runs: Times  # how long they ran
 
@@ -118,6 +126,7 @@ class NameStats(NamedTuple):
         """Return what is counted now. Part of a step."""
         # No call from here to the next one: a signal handler that spawns does not come in the middle of it.
         spawned, queued, running, ended = figures.spawned, figures.queued, figures.running, (*figures.ended,)
+        retried = figures.retried
         dropped, waits, runs = {**figures.dropped}, (*figures.waits,), (*figures.runs,)
         return cls(
             name=figures.name,
@@ -126,6 +135,7 @@ class NameStats(NamedTuple):
             running=running,
             ended=ended,
             dropped={reason.value: count for reason, count in dropped.items() if count},
+            retried=retried,
             waits=Times(waits, figures.wait_seconds, figures.wait_max),
             runs=Times(runs, figures.run_seconds, figures.run_max),
         )

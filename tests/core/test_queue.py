@@ -57,6 +57,8 @@ def balance(stats: PoolStats) -> int:
         + stats.timed_out
         + stats.cancelled
         + stats.dropped
+        + stats.shed
+        + stats.coalesced
         + stats.handed_off
     )
 
@@ -1623,7 +1625,7 @@ class QueueMachine(RuleBasedStateMachine):
     def wait(self, data: Any) -> None:
         running = [task for task in self.running.values() if task not in self.given_up]
         excepted = data.draw(st.sets(st.sampled_from(running))) if running else set()
-        pending = {*self.waiting, *self.checked_out, *running} - excepted
+        pending = {*self.held(), *running} - excepted
 
         self.drains.append((Drained(self.queue, except_for=excepted), pending))
 
@@ -1634,13 +1636,16 @@ class QueueMachine(RuleBasedStateMachine):
 
     # What holds after each.
 
+    def held(self) -> list[Task]:
+        return [*self.waiting, *self.checked_out]
+
     @invariant()
     def figures_are_those_of_the_model(self) -> None:
         queue, (stats, [*names]) = self.queue, read_stats_by_name(self.queue)
         running = [task for task in self.running.values() if task not in self.given_up]
 
         assert stats.spawned == balance(stats) == self.spawned
-        assert stats.queued == len(self.waiting) + len(self.checked_out) <= self.CAPACITY
+        assert stats.queued == len(self.held()) <= self.CAPACITY
         assert stats.running == len(running)
         assert stats.dropped == self.dropped
         assert {outcome: getattr(stats, outcome.label) for outcome in Outcome} == self.ended
@@ -1648,7 +1653,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert list(queue.waiting) == self.waiting
         assert set(queue.checked_out) == set(self.checked_out)
         assert set(queue.running()) == set(running)
-        assert queue.tasks() == {*self.waiting, *self.checked_out, *running}
+        assert queue.tasks() == {*self.held(), *running}
         assert all(map(is_balanced, names))
         assert sum(of.spawned for of in names) == self.spawned
 

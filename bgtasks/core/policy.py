@@ -1,0 +1,60 @@
+"""What may be asked for a task beside being run: that it expires, has a key, or is tried again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Coroutine
+from math import inf
+from typing import Any, NamedTuple, TypeAlias
+
+from bgtasks.core.figures import Outcome
+
+DELAY_MAX = 60.0  # seconds between two tries
+JITTER = 0.25  # of a delay, which becomes so much shorter or longer at random
+
+
+Function: TypeAlias = "Callable[..., Any] | Coroutine[Any, Any, Any]"
+
+
+class Options(NamedTuple):
+    """The options of a submission. See ``bgtasks.using``."""
+
+    expires: float | None = None  # seconds
+    key: str | None = None
+    retries: int = 0
+    retry_delay: float = 1.0  # seconds
+    retry_on: tuple[type[BaseException], ...] = (Exception,)
+
+
+class Policy:
+    """The options of one task, and how far it has come with them. Written under the pool's lock."""
+
+    __slots__ = ("asynchronous", "due_at", "expires_at", "function", "key", "options", "tries")
+
+    def __init__(
+        self, options: Options, name: str, function: Function, asynchronous: bool, spawned_at: float
+    ) -> None:
+        self.options = options
+        self.key = (
+            "" if options.key is None else f"{name}\0{options.key}"
+        )  # one of the whole pool; "" for none
+        # What to call in each try: the task's own are those of the coroutine that the function has returned.
+        self.function = function
+        self.asynchronous = asynchronous
+        self.expires_at = (
+            inf if options.expires is None else spawned_at + options.expires
+        )  # monotonic seconds
+        self.due_at = 0.0  # monotonic seconds, before which it is not run
+        self.tries = 0  # that have failed
+
+    def delay_after(self, outcome: Outcome, error: BaseException | None, now: float) -> float | None:
+        """Return after how many seconds to try again what has ended so; None if that is the end of it."""
+        options = self.options
+        if self.tries >= options.retries or outcome not in {Outcome.FAILED, Outcome.TIMED_OUT}:
+            return None
+        kind = TimeoutError if outcome is Outcome.TIMED_OUT else type(error)
+        if not issubclass(kind, options.retry_on):
+            return None
+        delay = options.retry_delay * 2**self.tries * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
+        delay = min(delay, DELAY_MAX)
+        return delay if now + delay < self.expires_at else None

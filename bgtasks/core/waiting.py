@@ -1,0 +1,319 @@
+"""What waits in a pool: the half of its queue that spawners, a mover and a shutdown work on.
+
+A waiting task is in the queue, or delayed until its time, or checked out by a consumer that may hand it off.
+Each of them has one of the CAPACITY places.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, MutableSequence
+from math import inf
+from time import monotonic
+from typing import TypeVar
+
+from bgtasks.core.drain import Steps, step
+from bgtasks.core.figures import Account, DropReason, NameFigures, Outcome, ShedReason
+from bgtasks.core.lock import acquire
+from bgtasks.core.places import SlotState, State
+from bgtasks.core.policy import Policy
+from bgtasks.core.task import Life, Task
+
+T = TypeVar("T")
+
+
+class Waiting(Steps):
+    """At most `capacity` waiting tasks, and the figures of all tasks."""
+
+    def __init__(self, pool: str, capacity: int) -> None:
+        super().__init__()
+        self.pool = pool
+        self.capacity = capacity
+        # Written as the pool is built:
+        self.displaces = False  # a full queue sheds the oldest task for a new one
+        self.makes_room = False  # it does, or some tasks expire; may become True once
+        self.on_shed: Callable[[Task, ShedReason], object] = lambda _task, _reason: None  # must not raise
+        # All that follows is written under the lock.
+        self.state = State.OPEN
+        self.paused = False  # no task is taken
+        self.waiting: deque[Task] = deque()
+        self.delayed: list[Task] = []  # until their time, in that order
+        self.keyed: dict[str, Task] = {}  # what waits and has a key, but for what is checked out
+        self.checked_out: dict[Task, None] = {}  # with a consumer that may hand them off, oldest first
+        self.check_out_new = False  # what is put is checked out at once
+        self.queued: int = 0  # how many wait
+        self.idle: list[SlotState] = []  # the last one to go idle gets the first task: its thread is warm
+        self.account = Account()
+        self.handoff_failures = 0
+        self.shed: deque[tuple[Task, ShedReason]] = deque()  # what nobody was told of yet
+
+    # For spawners.
+
+    def put(self, task: Task) -> DropReason | None:
+        """Accept `task` and return None, or count a drop and return its reason.
+
+        If it is coalesced with one that waits, its outcome says so.
+        """
+        lock, wake, reason = self.lock, None, None
+        try:  # as in `step`, whose wrapper would cost each spawn 0.2 µs
+            if not lock.acquire(False):
+                acquire(lock)
+            task.figures = figures = self.account.get(task.name) or self.account.of(task.name)
+            if task.policy is not None or self.queued >= self.capacity or self.state is not State.OPEN:
+                reason = self._put_specially(task)
+            else:
+                # No call from here to the next one: all of it is done or nothing, nobody spawns in between.
+                figures.spawned += 1
+                figures.queued += 1
+                self.queued += 1
+                if self.check_out_new:
+                    self.checked_out[task] = None
+                else:
+                    self.waiting.append(task)
+            if self.idle:
+                wake = self.to_wake()
+            lock.release()
+            if wake is not None:
+                wake()
+            if self.shed:
+                self.tell_shed()
+        except BaseException:
+            self.repair()
+            raise
+        if reason is not None or task.outcome is Outcome.COALESCED:
+            task.discard()
+        return reason
+
+    @step
+    def refuse(self, name: str, reason: DropReason | None = None) -> DropReason:
+        """Count the drop of a task called `name` that was not even made, and return the reason."""
+        if reason is None:
+            reason = DropReason.FULL if self.state is State.OPEN else DropReason.SHUTDOWN
+        return _count_drop(self.account.of(name), reason)
+
+    def _put_specially(self, task: Task) -> DropReason | None:
+        """Put `task` in the place of another one, or where there is room for it, if there is."""
+        twin = None if task.policy is None else self.keyed.get(task.policy.key)
+        if self.state is not State.OPEN:
+            return _count_drop(task.figures, DropReason.SHUTDOWN)
+        if twin is not None:
+            _coalesce(twin, task)
+            return None
+        if self.queued >= self.capacity:
+            self._make_room()
+        if self.queued >= self.capacity:
+            return _count_drop(task.figures, DropReason.FULL)
+        self._accept(task)
+        return None
+
+    def _make_room(self) -> None:
+        """Shed what is too old at the head of the queue, and else the oldest task, if it shall give way."""
+        self._shed_expired(monotonic())
+        if self.displaces and self.waiting and self.queued >= self.capacity:
+            self._shed(ShedReason.DISPLACED)
+
+    def _shed_expired(self, now: float) -> None:
+        while self.waiting and is_too_old(self.waiting[0], now):
+            self._shed(ShedReason.EXPIRED)
+
+    def _accept(self, task: Task) -> None:
+        figures, policy, index = task.figures, task.policy, None
+        if policy is not None:
+            self.makes_room = self.makes_room or policy.expires_at < inf
+            if policy.due_at > monotonic():
+                index = self._delayed_index(policy)
+        # No call from here on: all of it is done or nothing.
+        figures.spawned += 1
+        figures.queued += 1
+        self.queued += 1
+        if index is None and self.check_out_new:
+            self.checked_out[task] = None
+            return
+        if policy is not None and policy.key:
+            self.keyed[policy.key] = task
+        if index is None:
+            self.waiting += (task,)
+        else:
+            self.delayed[index:index] = (task,)
+
+    def _delayed_index(self, policy: Policy) -> int:
+        """Return where a task with this `policy` is to be delayed, and have a thread sleep until then."""
+        if self.idle:
+            self.idle[-1].wake()  # it looks when that is, after this step
+        return bisect_right(self.delayed, policy.due_at, key=due_at)
+
+    def _release(self, number: int) -> None:
+        """Have the first `number` of the delayed tasks wait no longer than the others."""
+        for _ in range(number):
+            # No call from here on: all of it is done or nothing.
+            self.waiting += (self.delayed[0],)
+            del self.delayed[0]
+
+    def _release_due(self, now: float) -> None:
+        if self.delayed:
+            self._release(bisect_right(self.delayed, now, key=due_at))
+
+    def until_due(self) -> float | None:
+        """Return in how many seconds the first delayed task is due; None if there is none."""
+        first = self.delayed[:1]
+        return max(0.0, due_at(first[0]) - monotonic()) if first else None
+
+    # What ends without having run.
+
+    def _shed(self, reason: ShedReason, index: int = 0) -> None:
+        task = self.waiting[index]
+        # After a try it has failed, whatever becomes of the next one.
+        outcome = Outcome.FAILED if task.policy is not None and task.policy.tries else Outcome.SHED
+        self._end_waiting(task, outcome, self.shed, (task, reason), index)
+
+    def _end_waiting(
+        self, task: Task, outcome: Outcome, ended: MutableSequence[T], entry: T, index: int = 0
+    ) -> None:
+        """Count the task at `index`, or one that is checked out, and add an `entry` to what has `ended`."""
+        policy = task.policy
+        # No call from here to the last one, so all of it is done or nothing.
+        if task.life is not Life.WAITING:
+            return  # a spawn by a signal handler has just shed it
+        task.life, task.outcome = Life.ENDED, outcome
+        task.figures.queued -= 1
+        task.figures.ended[outcome] += 1
+        self.queued -= 1
+        ended += (entry,)
+        if task in self.checked_out:
+            del self.checked_out[task]
+        else:
+            del self.waiting[index]
+        if policy is not None and policy.key in self.keyed and self.keyed[policy.key] is task:
+            del self.keyed[policy.key]
+        self.mark_ended(task)
+
+    def tell_shed(self) -> None:
+        """Tell of what was shed. Called without the lock."""
+        while self.shed:
+            try:
+                task, reason = self.shed.popleft()
+            except IndexError:  # another thread has told the last one
+                return
+            task.discard()
+            self.on_shed(task, reason)
+
+    # For a consumer that may hand tasks off.
+
+    @step
+    def set_check_out_new(self, on: bool) -> None:
+        """Check out at once what is put from now on, or no more."""
+        self.check_out_new = on
+
+    @step
+    def check_out(self, number: int) -> list[Task]:
+        """Check out up to `number` of the newest waiting tasks. They keep their places in CAPACITY."""
+        tasks: list[Task] = []
+        while len(tasks) < number and self.waiting:
+            task = self.waiting[-1]
+            policy = task.policy
+            if policy is not None and policy.key in self.keyed and self.keyed[policy.key] is task:
+                del self.keyed[policy.key]
+            self.checked_out[task] = None
+            self.waiting.pop()
+            tasks.append(task)
+        return tasks
+
+    @step
+    def put_back(self, tasks: Iterable[Task]) -> None:
+        """Let slots run `tasks`, unless they were cancelled, or are about to be: the queue is closed."""
+        for task in tasks:
+            if task in self.checked_out and self.state is not State.CLOSED:
+                # No call from here to the last one, so all of it is done or nothing.
+                del self.checked_out[task]
+                self.waiting.append(task)
+
+    @step
+    def count_handed_off(self, task: Task) -> bool:
+        """Count a checked-out `task` as the engine's; False if a shutdown has cancelled it before."""
+        if task not in self.checked_out:
+            return False
+        self._end_waiting(task, Outcome.HANDED_OFF, [], task)
+        return True
+
+    # For whoever pauses or ends the pool.
+
+    @step
+    def pause(self) -> bool:
+        """Take no task until ``resume``; what is spawned waits. False if the pool is shut down."""
+        self.paused = self.state is State.OPEN
+        return self.paused
+
+    @step
+    def resume(self) -> None:
+        """Take tasks again."""
+        self.paused = False
+
+    @step
+    def close(self) -> None:
+        """Accept nothing more. What was accepted shall run, so it ends a pause, and the delay of retries."""
+        self.paused = False
+        if self.state is State.OPEN:
+            self.state = State.CLOSING
+        self.delayed = sorted(self.delayed, key=_is_no_retry)
+        self._release(sum(not _is_no_retry(task) for task in self.delayed))
+
+    @step
+    def cancel_waiting(self, cancelled: list[Task], *, checked_out: bool = False) -> None:
+        """Close for good, and move what waits to `cancelled`; and if `checked_out`, what is checked out."""
+        self.state = State.CLOSED
+        self.check_out_new = False
+        self._release(len(self.delayed))
+        for task in [*self.waiting, *(self.checked_out if checked_out else ())]:
+            self._end_waiting(task, Outcome.CANCELLED, cancelled, task)
+
+    # For whoever looks.
+
+    @step
+    def due_after(self, deadline: float) -> list[Task]:
+        """Return the delayed tasks that are not due by `deadline` (monotonic seconds)."""
+        return [task for task in self.delayed if due_at(task) > deadline]
+
+    def held(self) -> list[Task]:
+        """Return all tasks that wait, wherever they do. Part of a step."""
+        return [*self.checked_out, *self.waiting, *self.delayed]
+
+
+def is_too_old(task: Task, now: float) -> bool:
+    """Tell whether a waiting `task` shall not run any more at `now` (monotonic seconds)."""
+    return task.policy is not None and now > task.policy.expires_at
+
+
+def due_at(task: Task) -> float:
+    """Return when a delayed `task` may run, in monotonic seconds."""
+    return 0.0 if task.policy is None else task.policy.due_at
+
+
+def _is_no_retry(task: Task) -> bool:
+    return task.policy is None or not task.policy.tries
+
+
+def _count_drop(figures: NameFigures, reason: DropReason) -> DropReason:
+    # No call from here to the last one, so all of it is done or nothing.
+    figures.spawned += 1
+    figures.dropped[reason] += 1
+    return reason
+
+
+def _coalesce(twin: Task, task: Task) -> None:
+    """Have `twin`, which waits, be what the newer `task` is. That one ends with what `twin` was."""
+    old, new = twin.policy, task.policy
+    if old is None or new is None:
+        return
+    # No call from here on: all of it is done or nothing.
+    twin.function, task.function = task.function, twin.function
+    twin.args, task.args = task.args, twin.args
+    twin.kwargs, task.kwargs = task.kwargs, twin.kwargs
+    twin.context, task.context = task.context, twin.context
+    twin.captured, task.captured = task.captured, twin.captured
+    twin.asynchronous = old.asynchronous = new.asynchronous
+    old.function, new.function = new.function, old.function
+    old.expires_at = new.expires_at
+    task.life, task.outcome = Life.ENDED, Outcome.COALESCED
+    task.figures.spawned += 1
+    task.figures.ended[Outcome.COALESCED] += 1
