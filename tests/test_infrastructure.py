@@ -21,7 +21,7 @@ from django.utils import translation
 import bgtasks
 from tests.conftest import left_behind
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.processes import Server, free_port, run_python
+from tests.processes import Server, free_port, restore_signals, run_python
 from tests.testapp.models import Note
 
 ALIASES = ["default", "pooled", "sqlite"]
@@ -261,6 +261,28 @@ def test_run_python_kills_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     code = f"import pathlib, signal; print('here')\npathlib.Path({str(printed)!r}).touch()\nsignal.pause()"
     with pytest.raises(AssertionError, match=r"(?s)killed after 1 s.*print\('here'\).*\nhere\n"):
         run_python(code, timeout=1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGQUIT])
+def test_processes_do_not_inherit_that_a_signal_is_ignored(signum: signal.Signals) -> None:
+    """Tests that were started as a background job end their servers with Ctrl-C all the same."""
+    code = "import signal, sys; print(signal.getsignal(int(sys.argv[1])) is signal.SIG_IGN)"
+    usual = signal.signal(signum, signal.SIG_IGN)
+    try:
+        ignored = run_python(code, str(int(signum)))
+        restore_signals()
+        restored = run_python(code, str(int(signum)))
+    finally:
+        signal.signal(signum, usual)
+
+    assert (ignored.stdout, restored.stdout) == ("True\n", "False\n")
+
+
+def test_no_process_of_this_session_inherits_that_ctrl_c_is_ignored() -> None:
+    """Whatever this session was started by. `.ci/run` starts it with SIGINT ignored."""
+    done = run_python("import signal; signal.raise_signal(signal.SIGINT)")
+
+    assert "KeyboardInterrupt" in done.stderr
 
 
 def wsgi(port: int, *options: Any, workers: int = 1) -> list[Any]:
