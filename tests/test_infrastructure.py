@@ -21,7 +21,7 @@ from django.utils import translation
 import bgtasks
 from tests.conftest import left_behind
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.processes import Server, free_port, restore_signals, run_python
+from tests.processes import Server, environment, free_port, restore_signals, run_python
 from tests.testapp.models import Note
 
 ALIASES = ["default", "pooled", "sqlite"]
@@ -43,6 +43,14 @@ def test_tested_package_is_the_installed_wheel() -> None:
     assert (installed.parent / "py.typed").exists()
 
 
+def test_import_warns_of_nothing() -> None:
+    """``python -W error -c "import bgtasks"`` works on every version of Python and Django."""
+    argv = [sys.executable, "-W", "error", "-c", "import bgtasks"]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @under_tox
 @pytest.mark.parametrize(
     "suffix",
@@ -50,11 +58,16 @@ def test_tested_package_is_the_installed_wheel() -> None:
 )
 def test_environment_runs_what_its_name_says(suffix: str) -> None:
     """The tox environment has the Python and the Django it is named for, whatever else it installs."""
-    python, django_version = sys.version_info, django.VERSION
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    version = f"django{django.VERSION[0]}{django.VERSION[1]}"
 
-    assert os.environ["TOX_ENV_NAME"] == (
-        f"py{python.major}{python.minor}-django{django_version[0]}{django_version[1]}{suffix}"
-    )
+    assert os.environ["TOX_ENV_NAME"] == f"{python}-{version}{suffix}"
+
+
+@pytest.mark.skipif("t" not in sys.abiflags, reason="this Python has a GIL")
+def test_free_threaded_python_runs_without_the_gil() -> None:
+    """No extension module that was imported until now has turned it on."""
+    assert sys.version_info < (3, 13) or not sys._is_gil_enabled()
 
 
 def lines_of(folder: Path) -> dict[str, int]:
