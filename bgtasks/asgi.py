@@ -25,6 +25,10 @@ NOT_STARTED = (
     "will not announce its shutdown, and tasks are lost then"
 )
 
+# Those between startup and shutdown. Without the GIL granian's workers are threads of one process, and
+# each of them has one. A loop adds and removes its own only.
+_started: set[_Lifespan] = set()
+
 
 def lifespan(application: Application) -> Application:
     """Wrap an ASGI `application` so that the server's shutdown waits for background tasks.
@@ -39,7 +43,11 @@ def lifespan(application: Application) -> Application:
     async def wrapped(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             state.settled = True
-            await _Lifespan(receive, send).run(application, scope)
+            run = _Lifespan(receive, send)
+            try:
+                await run.run(application, scope)
+            finally:
+                _started.discard(run)
         else:
             await application(scope, receive, send)
 
@@ -84,10 +92,13 @@ class _Lifespan:
         message = await self._receive()
         self._asked = message["type"]
         if self._asked == STARTUP:
+            _started.add(self)
             await pools.aopen()
         else:
-            # Before the application hears of it, and closes what tasks may use.
-            await pools.ashutdown()
+            _started.discard(self)
+            if not _started:
+                # Before the application hears of it, and closes what tasks may use.
+                await pools.ashutdown()
         return message
 
     async def send(self, message: Message) -> None:

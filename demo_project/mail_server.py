@@ -7,8 +7,10 @@ throws it away, and ends when its standard input does, so that it cannot outlive
 import asyncio
 import random
 import sys
+import warnings
 
-from aiosmtpd.smtp import SMTP, Envelope, Session
+with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+    from aiosmtpd.smtp import SMTP, Envelope, Session  # typing.ByteString, on Python 3.15
 
 from .load import end_of_input
 

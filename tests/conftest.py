@@ -20,6 +20,7 @@ from asgiref.sync import SyncToAsync
 from fasteners import InterProcessLock
 
 from tests.gate import BOUND
+from tests.processes import restore_signals
 
 # Threads of libraries that live as long as the process: the workers of psycopg's pool.
 LASTING_THREADS = re.compile(r"pool-\d+-(worker-\d+|scheduler)")
@@ -37,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     The environment tells them, so a subprocess of a test uses the same server. pytest-django goes on from
     here: its own pytest_configure comes last.
     """
+    restore_signals()
     # A run that hangs, wherever it is, says where, and fails.
     faulthandler.dump_traceback_later(LIMIT, exit=True, file=os.dup(2))
     home = Path(tempfile.mkdtemp(prefix="bgtasks-"))

@@ -33,6 +33,13 @@ def environment(env: dict[str, str] | None = None) -> dict[str, str]:
     }
 
 
+def restore_signals() -> None:
+    """Have the processes below this one end on Ctrl-C, which a shell makes its background jobs ignore."""
+    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
 def run_python(
     code_or_file: str | Path, *args: str, env: dict[str, str] | None = None, timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:

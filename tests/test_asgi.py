@@ -277,6 +277,45 @@ def test_second_startup_opens_the_pools_again(application: Any) -> None:
     assert [asyncio.run(main()) for _ in range(3)] == [(True, False)] * 3
 
 
+def test_pools_are_shut_down_with_the_last_lifespan() -> None:
+    """A server whose workers are threads of one process may replace one: the others go on spawning."""
+
+    async def main() -> list[bool]:
+        old, new = Protocol(get_asgi_application()), Protocol(get_asgi_application())
+        await old.ask(STARTUP)
+        await new.ask(STARTUP)
+        await old.ask(SHUTDOWN)
+        ran = [await asyncio.to_thread(run_task)]
+        await new.ask(SHUTDOWN)
+        ran.append(bgtasks.spawn("late", print))
+        await new.end()
+        await old.end()
+        return ran
+
+    assert asyncio.run(main()) == [True, False]
+
+
+def test_lifespan_that_ends_without_a_shutdown_keeps_no_pool_open() -> None:
+    """A startup that failed is over: the next lifespan is the only one, and its end the last."""
+
+    async def fail(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        raise OSError("no such file")
+
+    async def main() -> bool:
+        failed = Protocol(fail)
+        await failed._messages.put(STARTUP)
+        with pytest.raises(OSError, match="no such file"):
+            await failed.end()
+        protocol = Protocol(get_asgi_application())
+        await protocol.ask(STARTUP)
+        await protocol.ask(SHUTDOWN)
+        await protocol.end()
+        return bgtasks.spawn("late", print)
+
+    assert asyncio.run(main()) is False
+
+
 def test_second_startup_waits_for_a_shutdown_that_is_under_way() -> None:
     """What was accepted before it ends before it."""
 

@@ -47,7 +47,7 @@ def script_pool() -> Any:
 
 def test_child_has_a_connection_pool_of_its_own() -> None:
     """A child's tasks, and its main thread, are served by other backends; the parent keeps its own."""
-    result, errors = run_function(script_pool)
+    result, errors = run_function(script_pool, env=BUSY)  # psycopg's pool has threads
 
     assert not {*result["child"]} & {*result["parent"], *result["after"]}
     assert result["after"][0] == result["parent"][0]

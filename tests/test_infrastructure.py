@@ -21,7 +21,7 @@ from django.utils import translation
 import bgtasks
 from tests.conftest import left_behind
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.processes import Server, free_port, run_python
+from tests.processes import Server, environment, free_port, restore_signals, run_python
 from tests.testapp.models import Note
 
 ALIASES = ["default", "pooled", "sqlite"]
@@ -43,6 +43,14 @@ def test_tested_package_is_the_installed_wheel() -> None:
     assert (installed.parent / "py.typed").exists()
 
 
+def test_import_warns_of_nothing() -> None:
+    """``python -W error -c "import bgtasks"`` works on every version of Python and Django."""
+    argv = [sys.executable, "-W", "error", "-c", "import bgtasks"]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @under_tox
 @pytest.mark.parametrize(
     "suffix",
@@ -50,11 +58,16 @@ def test_tested_package_is_the_installed_wheel() -> None:
 )
 def test_environment_runs_what_its_name_says(suffix: str) -> None:
     """The tox environment has the Python and the Django it is named for, whatever else it installs."""
-    python, django_version = sys.version_info, django.VERSION
+    python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+    version = f"django{django.VERSION[0]}{django.VERSION[1]}"
 
-    assert os.environ["TOX_ENV_NAME"] == (
-        f"py{python.major}{python.minor}-django{django_version[0]}{django_version[1]}{suffix}"
-    )
+    assert os.environ["TOX_ENV_NAME"] == f"{python}-{version}{suffix}"
+
+
+@pytest.mark.skipif("t" not in sys.abiflags, reason="this Python has a GIL")
+def test_free_threaded_python_runs_without_the_gil() -> None:
+    """No extension module that was imported until now has turned it on."""
+    assert sys.version_info < (3, 13) or not sys._is_gil_enabled()
 
 
 def lines_of(folder: Path) -> dict[str, int]:
@@ -261,6 +274,28 @@ def test_run_python_kills_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     code = f"import pathlib, signal; print('here')\npathlib.Path({str(printed)!r}).touch()\nsignal.pause()"
     with pytest.raises(AssertionError, match=r"(?s)killed after 1 s.*print\('here'\).*\nhere\n"):
         run_python(code, timeout=1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGQUIT])
+def test_processes_do_not_inherit_that_a_signal_is_ignored(signum: signal.Signals) -> None:
+    """Tests that were started as a background job end their servers with Ctrl-C all the same."""
+    code = "import signal, sys; print(signal.getsignal(int(sys.argv[1])) is signal.SIG_IGN)"
+    usual = signal.signal(signum, signal.SIG_IGN)
+    try:
+        ignored = run_python(code, str(int(signum)))
+        restore_signals()
+        restored = run_python(code, str(int(signum)))
+    finally:
+        signal.signal(signum, usual)
+
+    assert (ignored.stdout, restored.stdout) == ("True\n", "False\n")
+
+
+def test_no_process_of_this_session_inherits_that_ctrl_c_is_ignored() -> None:
+    """Whatever this session was started by. `.ci/run` starts it with SIGINT ignored."""
+    done = run_python("import signal; signal.raise_signal(signal.SIGINT)")
+
+    assert "KeyboardInterrupt" in done.stderr
 
 
 def wsgi(port: int, *options: Any, workers: int = 1) -> list[Any]:

@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.servers, pytest.mark.stress]  # where slow tests run
 THREADS = 16
 SPAWNS = 1_000_000  # by all threads together
 WARM_UP = 50_000  # the same burst before it: what is built once, such as threads, is not counted as growth
+# Of the memory after the warm-up. A free-threaded Python has an allocator for each thread, which keeps some.
+GROWTH = 1.15 if "t" in sys.abiflags else 1.05
 LIMIT = 150  # seconds, for a machine that is busy with other things
 
 
@@ -163,7 +165,7 @@ def test_million_spawns_leave_nothing_behind() -> None:
     assert min(ended.values()) > 0
     assert stats["queued"] == stats["running"] == stats["cancelled"] == stats["handed_off"] == 0
     assert result["threads"] == []
-    assert result["end"] <= result["begin"] * 1.05
+    assert result["end"] <= result["begin"] * GROWTH
     assert done.stderr == ""
 
 
