@@ -7,7 +7,7 @@ import json
 import signal
 from typing import Any
 
-from django.core.management.base import OutputWrapper
+from django.core.management.base import CommandError, OutputWrapper
 from django.core.management.color import Style
 
 from bgtasks.rehearsal.advice import status
@@ -35,7 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds of work that wait in each process (5 by default)",
     )
     parser.add_argument(
-        "--signal", type=_signal, default=signal.SIGTERM, metavar="NAME", help="the signal (TERM by default)"
+        "--signal",
+        type=signal_named,
+        default=signal.SIGTERM,
+        metavar="NAME",
+        help="the signal (TERM by default)",
     )
     parser.add_argument(
         "--target",
@@ -58,15 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="kill what still runs so many seconds after the signal (10 by default, as containers do)",
     )
-    parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
     parser.add_argument("server", nargs="+", metavar="COMMAND", help="what starts the server, after --")
 
 
 def rehearse(options: dict[str, Any], out: OutputWrapper, progress_out: OutputWrapper, style: Style) -> int:
     """Rehearse as `options` say, print the outcome, and return the exit status."""
     if options["requests"] and not options["url"]:
-        progress_out.write("--requests needs --url")
-        return 2
+        raise CommandError("--requests needs --url")
     plan = Plan(
         options["server"],
         options["seconds"],
@@ -110,7 +112,8 @@ def _positive(text: str) -> float:
     return number
 
 
-def _signal(text: str) -> signal.Signals:
+def signal_named(text: str) -> signal.Signals:
+    """Return the signal with this name or number, as ``kill`` takes them."""
     name = text.upper()
     try:
         return (

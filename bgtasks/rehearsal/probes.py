@@ -22,7 +22,8 @@ from django.db import connection
 
 from bgtasks import conf
 from bgtasks.core.figures import DropReason
-from bgtasks.pools import Pool, pools
+from bgtasks.pool import Pool
+from bgtasks.pools import pools
 from bgtasks.process import may_have_threads
 from bgtasks.rehearsal.accounts import (
     ACCEPTED,
@@ -70,7 +71,7 @@ class _Part:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._server = server_facts()
-        self._reason = ""  # why the last probe was not accepted; written by the thread that spawns it
+        self._drops: list[str] = []  # why probes were not accepted; written by the thread that spawns them
 
     def register(self) -> None:
         """Say who this process is, and wait for an order on a thread of its own, if it may have one."""
@@ -115,13 +116,14 @@ class _Part:
     def _fill(self, filling: _Filling) -> bool:
         """Spawn what is missing in one pool. Return False if it shuts down."""
         for kind, probe in filling.missing():
-            self._reason = ""
             if filling.pool.spawn(NAME + kind, probe, filling.sleep):
                 self.note(ACCEPTED)
-            elif self._reason == DropReason.SHUTDOWN.value:
+                continue
+            reason = self._drops.pop()
+            if reason == DropReason.SHUTDOWN.value:
                 return False
-            elif self._reason != DropReason.FULL.value:
-                self.note(f"{DROPPED}{kind} {self._reason}")
+            if reason != DropReason.FULL.value:
+                self.note(f"{DROPPED}{kind} {reason}")
                 filling.leave_out(kind)
         return True
 
@@ -131,7 +133,7 @@ class _Part:
 
     def _on_dropped(self, name: str, reason: str, **_named: object) -> None:
         if name.startswith(NAME):
-            self._reason = reason
+            self._drops.append(reason)
 
 
 class _Filling:

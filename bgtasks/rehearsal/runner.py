@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, Any
@@ -149,11 +149,15 @@ class Rehearsal:
     def _wait_probes(self) -> None:
         """Order probes from all processes that serve, and wait until some run and some wait in each."""
         deadline = monotonic() + PROBE_LIMIT
-        while not (candidates := self._order()) or (unready := self._unready(candidates)):
+        while True:
+            candidates = self._order()
+            unready = [each for pid, each in candidates.items() if not self._account(pid).ready]
+            if candidates and not unready:
+                break
             self._refuse_if_ended()
             self._progress("waiting for the probes to run")
             if monotonic() >= deadline:
-                raise self._no_probes(unready[0]) if candidates else self._not("no process serves any more")
+                raise self._no_probes(unready[0]) if unready else self._not("no process serves any more")
             sleep(POLL)
 
     def _order(self) -> dict[int, Participant]:
@@ -169,9 +173,6 @@ class Rehearsal:
                 self._serving[pid] = participant
                 write_order(self._folder, pid, seconds)
         return candidates
-
-    def _unready(self, candidates: dict[int, Participant]) -> list[Participant]:
-        return [each for pid, each in candidates.items() if not self._account(pid).ready]
 
     def _no_probes(self, participant: Participant) -> NotRehearsed:
         account = self._account(participant.pid)
@@ -294,7 +295,7 @@ class Rehearsal:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible() -> Generator[None]:
     """Raise KeyboardInterrupt at the first signal that ends a command, so that it can clean up."""
 
     def interrupt(_signum: int, _frame: object) -> None:

@@ -162,7 +162,7 @@ def rehearsals(
 ) -> Iterator[dict[str, Future[Result | NotRehearsed]]]:
     """The rehearsals that the chosen tests ask for, all under way."""
     callspecs = [
-        getattr(item, "callspec", None) for item in request.session.items if item.module is request.module
+        getattr(item, "callspec", None) for item in request.session.items if item.path == request.path
     ]
     names = dict.fromkeys(spec.params["name"] for spec in callspecs if spec is not None)
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(AT_ONCE) as executor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from copy import copy
 from time import sleep
 from typing import Any
 
@@ -50,11 +51,11 @@ class Command(BaseCommand):
             metavar="SECONDS",
             help="print again every so many seconds (1 by default), until Ctrl-C",
         )
-        # Django's own options, which may stand behind the word as well.
-        common = CommandParser(add_help=False, argument_default=argparse.SUPPRESS)
+        # Django's own options, and --json, may stand before the word and behind it.
+        common = CommandParser(add_help=False)
         for action in parser._actions:
-            if action.option_strings and action.dest not in {"help", "version", "json", "watch"}:
-                common._add_action(action)
+            if action.option_strings and action.dest not in {"help", "version", "watch"}:
+                common._add_action(copy(action)).default = argparse.SUPPRESS
         rehearse = parser.add_subparsers(dest="action", metavar="[rehearse]").add_parser(
             "rehearse", parents=[common], help="rehearse a deploy of the project's own server"
         )
