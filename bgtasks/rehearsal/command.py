@@ -79,18 +79,12 @@ def rehearse(options: dict[str, Any], out: OutputWrapper, progress_out: OutputWr
         options["kill_after"],
         show_output=options["verbosity"] > 1,
     )
-    terminal = progress_out.isatty()
-
-    def progress(text: str) -> None:
-        if terminal:
-            progress_out.write(CLEAR_LINE + text, ending="")
-            progress_out.flush()
-
+    progress = _Progress(progress_out)
     colours = Colours(style.SUCCESS, style.ERROR, style.MIGRATE_HEADING)
     try:
-        result = Rehearsal(plan, progress).run()
+        result = Rehearsal(plan, progress.show).run()
     except NotRehearsed as failure:
-        progress("")
+        progress.show("")
         out.write(
             json.dumps(failure_as_json(failure), indent=2)
             if options["json"]
@@ -98,11 +92,26 @@ def rehearse(options: dict[str, Any], out: OutputWrapper, progress_out: OutputWr
         )
         return 2
     except KeyboardInterrupt:
-        progress("")
+        progress.show("")
         return INTERRUPTED
-    progress("")
+    progress.show("")
     out.write(json.dumps(as_json(result), indent=2) if options["json"] else as_text(result, colours))
     return status(result)
+
+
+class _Progress:
+    """One line of a terminal that says what is waited for. Elsewhere nothing is written."""
+
+    def __init__(self, out: OutputWrapper) -> None:
+        self._out = out
+        self._shown = ""
+
+    def show(self, text: str) -> None:
+        """Replace what is shown."""
+        if text != self._shown and self._out.isatty():
+            self._out.write(CLEAR_LINE + text, style_func=str, ending="")
+            self._out.flush()
+            self._shown = text
 
 
 def _positive(text: str) -> float:

@@ -105,7 +105,7 @@ class Rehearsal:
             now = set(self._candidates())
             if now != seen:
                 seen, since = now, monotonic()
-            self._progress(f"waiting for the server to start: {len(seen)} processes with bgtasks so far")
+            self._progress(f"waiting for the server to start; processes with bgtasks so far: {len(seen)}")
             if monotonic() >= deadline:
                 self._fail_to_start(answered)
             if not answered and (answered := self._request()):

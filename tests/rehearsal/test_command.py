@@ -107,6 +107,23 @@ def test_process_without_bgtasks_cannot_be_rehearsed(monkeypatch: pytest.MonkeyP
     assert "INSTALLED_APPS" in text
 
 
+def test_progress_is_shown_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line says what is waited for, and is gone afterwards. A file or a pipe gets none of it."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(runner, "START_LIMIT", 0.2)
+    out, err = io.StringIO(), Terminal()
+    with pytest.raises(SystemExit):
+        call_command("bgtasks", "rehearse", "--force-color", "--", "sleep", "60", stdout=out, stderr=err)
+
+    wait = "waiting for the server to start; processes with bgtasks so far: 0"
+    assert err.getvalue().split(command.CLEAR_LINE) == ["", wait, ""]
+    assert out.getvalue().startswith("\x1b[")
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1:{port}/", "nothing"])
 def test_url_that_does_not_answer_cannot_be_rehearsed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is a mistake in it taken for a slow start."""
