@@ -12,6 +12,7 @@ from typing import NamedTuple
 from bgtasks.rehearsal.accounts import DROPPED, NO_DATABASE
 from bgtasks.rehearsal.results import GROUP, ProcessResult, Result
 
+ENDED_BY_THEIR_OWN = frozenset({"hypercorn", "uwsgi"})  # whose workers a SIGTERM of their own ends at once
 SHARE = 0.8  # of a limit that SHUTDOWN_TIMEOUT may take
 
 WRAPPER = "write in asgi.py: application = bgtasks.asgi.lifespan(get_asgi_application())"
@@ -98,7 +99,7 @@ def _of_server(process: ProcessResult, result: Result) -> Advice | None:
     name, signum = process.server.name, result.plan.signum.name
     if name == "runserver":
         return Advice(f"runserver ends at {signum} without waiting for tasks", RUNSERVER)
-    if name in {"uwsgi", "hypercorn"} and result.plan.target == GROUP:
+    if name in ENDED_BY_THEIR_OWN and result.plan.target == GROUP:
         return Advice(f"a worker of {name} ends at once by a {signum} of its own", KILL_MODE)
     if name == "uwsgi" and not process.account.closing:
         option = "--die-on-term" if process.server.die_on_term else f"its own way to handle {signum}"
@@ -198,6 +199,8 @@ def _risks(process: ProcessResult, result: Result) -> Iterator[str]:
                 f"SHUTDOWN_TIMEOUT is {timeout:g} s, and {who} comes after {limit:g} s: with more work "
                 "than that queued, tasks would be lost"
             )
+    if result.plan.target == GROUP and server.name in ENDED_BY_THEIR_OWN:
+        yield f"a worker of {server.name} that is signalled before its master loses its tasks: {KILL_MODE}"
     if server.die_on_term:
         yield f"a worker that is answering a request at the signal would lose its tasks: {UWSGI_HOOK}"
 

@@ -129,6 +129,7 @@ def test_limits_that_would_lose_tasks_are_noted() -> None:
     ]
     assert advice.notes(result(process(server, accepted=1, shutdown_timeout=30))) == []  # there is advice
     assert "answering a request" in advice.notes(result(process(UWSGI)))[0]
+    assert advice.KILL_MODE in advice.notes(result(process(ServerFacts("uwsgi")), target=GROUP))[0]
 
 
 def test_what_was_not_rehearsed_is_noted() -> None:
