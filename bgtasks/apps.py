@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from bgtasks.checks import (
     check_settings,
 )
 from bgtasks.pools import pools
+from bgtasks.rehearsal import ENVIRONMENT
 
 
 class BgtasksConfig(AppConfig):
@@ -42,6 +44,10 @@ class BgtasksConfig(AppConfig):
         connection_created.connect(_on_connection_created, dispatch_uid="bgtasks")
         if not any(conf.problems(conf.configured())):
             pools.start()
+            if folder := os.environ.get(ENVIRONMENT):
+                from bgtasks.rehearsal.probes import take_part
+
+                take_part(folder)
 
 
 def _on_connection_created(*, connection: Any, **_kwargs: Any) -> None:

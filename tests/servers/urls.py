@@ -8,4 +8,5 @@ urlpatterns = [
     path("aspawn/", views.aspawn),
     path("busy/", views.busy),
     path("rows/", views.rows),
+    path("slow/", views.slow),
 ]

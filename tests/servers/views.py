@@ -79,3 +79,9 @@ def _watch() -> None:
     while bgtasks.pools.drainer.accepting:
         time.sleep(0.01)  # nobody tells
     os.write(2, f"{os.getpid()} shuts its pools down\n".encode())
+
+
+def slow(request: HttpRequest) -> JsonResponse:
+    """Answer after a while, so that a signal comes in the middle of it."""
+    time.sleep(2)
+    return JsonResponse({"pid": os.getpid()})

@@ -1,9 +1,14 @@
-"""``manage.py bgtasks``: what the background tasks of all processes do, in a terminal or for a script."""
+"""``manage.py bgtasks``: what the background tasks of all processes do, in a terminal or for a script.
+
+``manage.py bgtasks rehearse`` rehearses a deploy: see ``bgtasks.rehearsal``.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from copy import copy
 from time import sleep
 from typing import Any
 
@@ -13,6 +18,7 @@ from bgtasks.core.figures import BOUNDS
 from bgtasks.monitoring.figures import two_digits
 from bgtasks.monitoring.overview import overview
 from bgtasks.pools import pools
+from bgtasks.rehearsal import command as rehearsal
 
 SHORTEST = BOUNDS[0]  # seconds; of what is shorter no digit is known
 CLEAR = "\x1b[H\x1b[2J"
@@ -31,11 +37,11 @@ class Command(BaseCommand):
     help = (
         "Show the background tasks of all processes of the site. The exit status is 0 if all is well, 1 if a "
         "queue is full, every slot of a pool is stuck, or a process is silent, dead or blocked, and 2 if no "
-        "process can be seen."
+        "process can be seen. 'rehearse -- COMMAND' rehearses a deploy of the server that COMMAND starts."
     )
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare --json and --watch."""
+        """Declare --json, --watch and the rehearsal."""
         parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
         parser.add_argument(
             "--watch",
@@ -45,9 +51,22 @@ class Command(BaseCommand):
             metavar="SECONDS",
             help="print again every so many seconds (1 by default), until Ctrl-C",
         )
+        # Django's own options, and --json, may stand before the word and behind it.
+        common = CommandParser(add_help=False)
+        for action in parser._actions:
+            if action.option_strings and action.dest not in {"help", "version", "watch"}:
+                common._add_action(copy(action)).default = argparse.SUPPRESS
+        rehearse = parser.add_subparsers(dest="action", metavar="[rehearse]").add_parser(
+            "rehearse", parents=[common], help="rehearse a deploy of the project's own server"
+        )
+        rehearsal.add_arguments(rehearse)
 
     def handle(self, *_args: Any, **options: Any) -> None:
-        """Print once, or until Ctrl-C."""
+        """Print once, or until Ctrl-C; or rehearse."""
+        if options["action"] == "rehearse":
+            if status := rehearsal.rehearse(options, self.stdout, self.stderr, self.style):
+                sys.exit(status)
+            return
         try:
             while True:
                 seen = _others()

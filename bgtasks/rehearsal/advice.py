@@ -1,0 +1,214 @@
+"""The verdict of a rehearsal, and for each loss the line to change.
+
+What is known here of each server is what ``tests/test_servers.py`` finds of the real one, and what
+``docs/deploying.md`` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bgtasks.rehearsal.accounts import DROPPED, NO_DATABASE
+from bgtasks.rehearsal.results import GROUP, ProcessResult, Result
+
+ENDED_BY_THEIR_OWN = frozenset({"hypercorn", "uwsgi"})  # whose workers a SIGTERM of their own ends at once
+SHARE = 0.8  # of a limit that SHUTDOWN_TIMEOUT may take
+
+WRAPPER = "write in asgi.py: application = bgtasks.asgi.lifespan(get_asgi_application())"
+KILL_MODE = "under systemd, write in the unit: KillMode=mixed; elsewhere, signal the main process only"
+UWSGI_HOOK = (
+    "start uwsgi with --hook-master-start 'unix_signal:15 gracefully_kill_them_all' and without --die-on-term"
+)
+ONE_WORKER = (
+    "start hypercorn with one worker (-w 1), and more containers or services in place of more workers"
+)
+RUNSERVER = "deploy with another server, such as gunicorn: runserver is for development"
+WAITRESS = "write in wsgi.py: signal.signal(signal.SIGTERM, lambda *_: sys.exit())"
+EXEC = "write exec before the server's command in the start script; in a Dockerfile, give CMD as a list"
+HOOK = "call bgtasks.shutdown() where the process ends"
+KILL_OPTIONS = (
+    "stop_grace_period (Compose), terminationGracePeriodSeconds (Kubernetes), TimeoutStopSec (systemd) or "
+    "docker stop --timeout"
+)
+IN_FLIGHT = (
+    "see that the signal reaches the server itself (exec), and that requests and whatever else it waits for "
+    "end in time"
+)
+
+
+class Advice(NamedTuple):
+    """What is wrong, and what to change."""
+
+    problem: str
+    change: str
+
+
+def verdict(result: Result) -> str:
+    """Return what came out, in one sentence."""
+    signum = result.plan.signum.name
+    if result.lost:
+        where = sum(process.account.lost > 0 for process in result.processes)
+        return (
+            f"{result.lost} of {result.accepted} accepted tasks were lost without a word, in {where} of "
+            f"{_processes(len(result.processes))}"
+        )
+    ended = f"the last process ended {result.ended_after:.1f} s after {signum}"
+    if result.cancelled:
+        return (
+            f"No task was lost without a word: {result.cancelled} of {result.accepted} accepted tasks were "
+            f"cancelled and reported, the others have finished, and {ended}"
+        )
+    return f"No task was lost: all {result.accepted} accepted tasks have finished, and {ended}"
+
+
+def status(result: Result) -> int:
+    """Return the exit status of the command: 0 only if nothing was lost."""
+    return int(result.lost > 0)
+
+
+def advice(result: Result) -> list[Advice]:
+    """Return for each loss what to change, each thing once."""
+    found = [_of_loss(process, result) for process in result.processes if process.account.lost]
+    return list(dict.fromkeys(found))
+
+
+def _of_loss(process: ProcessResult, result: Result) -> Advice:
+    causes = (
+        _of_script(process, result)
+        or _of_server(process, result)
+        or _of_lifespan(process)
+        or _of_gunicorn(process)
+        or _of_kill(process, result)
+    )
+    return causes or Advice(f"{_name(process)} ended without an exit hook of Python", HOOK)
+
+
+def _of_script(process: ProcessResult, result: Result) -> Advice | None:
+    if result.shell is None or process.account.closing:
+        return None
+    return Advice(
+        f"the command is a {result.shell} script, which does not pass {result.plan.signum.name} on to "
+        f"{_name(process)}",
+        EXEC,
+    )
+
+
+def _of_server(process: ProcessResult, result: Result) -> Advice | None:
+    """Return what is particular to a server."""
+    name, signum = process.server.name, result.plan.signum.name
+    if name == "runserver":
+        return Advice(f"runserver ends at {signum} without waiting for tasks", RUNSERVER)
+    if name in ENDED_BY_THEIR_OWN and result.plan.target == GROUP:
+        return Advice(f"a worker of {name} ends at once by a {signum} of its own", KILL_MODE)
+    if name == "uwsgi" and not process.account.closing:
+        option = "--die-on-term" if process.server.die_on_term else f"its own way to handle {signum}"
+        return Advice(f"uwsgi with {option} ends workers, or goes on, without exit hooks", UWSGI_HOOK)
+    if name == "hypercorn" and sum(each.server.name == name for each in result.processes) > 1:
+        return Advice("the first worker of hypercorn that has ended ends the others", ONE_WORKER)
+    if name == "waitress" and not process.account.closing:
+        return Advice(
+            f"waitress does not handle {signum}, so that its process ends without exit hooks", WAITRESS
+        )
+    return None
+
+
+def _of_lifespan(process: ProcessResult) -> Advice | None:
+    """Return what to do on uvicorn, where the lifespan is the only way to hear of a shutdown."""
+    uvicorn = process.server.name == "uvicorn" or "uvicorn" in process.server.worker.lower()
+    if not uvicorn or process.account.closing or process.ended.killed:
+        return None
+    return Advice(
+        f"{_name(process)} has not announced its lifespan to bgtasks, and runs no exit hook", WRAPPER
+    )
+
+
+def _of_gunicorn(process: ProcessResult) -> Advice | None:
+    """Return which limit of gunicorn has cut the drain."""
+    server = process.server
+    if server.name != "gunicorn" or not process.account.closing or process.ended.killed:
+        return None
+    if process.ended.after < 0:
+        option, limit = "--timeout", server.timeout
+    else:
+        option, limit = "--graceful-timeout", server.graceful_timeout
+    return None if limit is None else _too_long(process, f"gunicorn's {option}", limit, option)
+
+
+def _of_kill(process: ProcessResult, result: Result) -> Advice | None:
+    if not process.ended.killed:
+        return None
+    if result.main_first:
+        return Advice(
+            f"the command's own process ended before {_name(process)}: containers and systemd kill it then",
+            EXEC,
+        )
+    if process.account.closing:
+        return _too_long(process, "the kill", result.plan.kill_after, KILL_OPTIONS)
+    return Advice(
+        f"{_name(process)} had not begun to shut down when it was killed, {result.plan.kill_after:g} s after "
+        f"{result.plan.signum.name}",
+        IN_FLIGHT,
+    )
+
+
+def _too_long(process: ProcessResult, who: str, limit: float, option: str) -> Advice:
+    timeout = process.shutdown_timeout
+    setting = f'BGTASKS = {{"default": {{"SHUTDOWN_TIMEOUT": {SHARE * limit:g}}}}}'
+    return Advice(
+        f"SHUTDOWN_TIMEOUT is {timeout:g} s, and {who} comes after {limit:g} s",
+        f"write in the settings: {setting}; or raise {option} above {timeout:g} s",
+    )
+
+
+def notes(result: Result) -> list[str]:
+    """Return what else is worth to know, each thing once."""
+    found = [note for process in result.processes for note in (*_observed(process), *_risks(process, result))]
+    return list(dict.fromkeys(found))
+
+
+def _observed(process: ProcessResult) -> Iterator[str]:
+    account = process.account
+    for dropped in account.details(DROPPED):
+        kind, reason = dropped.split()
+        yield f"{_name(process)} accepts no {kind} tasks ({reason}), so none was rehearsed"
+    for error in account.details(NO_DATABASE):
+        yield f"{_name(process)} had no database ({error}), so no query was rehearsed"
+    if account.cancelled:
+        yield (
+            f"{_name(process)} had more work than SHUTDOWN_TIMEOUT ({process.shutdown_timeout:g} s) allows: "
+            "its log says what was left, by name and number"
+        )
+    if account.closing and process.ended.killed and not account.lost:
+        yield f"{_name(process)} had to be killed, after its tasks had ended"
+    for pool in process.handoff:
+        yield f"pool {pool!r} hands off; probes do not travel: they are cancelled where your tasks are moved"
+
+
+def _risks(process: ProcessResult, result: Result) -> Iterator[str]:
+    """Return which limits are shorter than SHUTDOWN_TIMEOUT, though they have cut nothing this time."""
+    server, timeout = process.server, process.shutdown_timeout
+    if process.account.lost:
+        return
+    limits = {"the kill": result.plan.kill_after, "gunicorn's --graceful-timeout": server.graceful_timeout}
+    if server.max_requests:
+        limits["gunicorn's --timeout, when a worker is replaced at its --max-requests,"] = server.timeout
+    for who, limit in limits.items():
+        if limit is not None and timeout >= limit:
+            yield (
+                f"SHUTDOWN_TIMEOUT is {timeout:g} s, and {who} comes after {limit:g} s: with more work "
+                "than that queued, tasks would be lost"
+            )
+    if result.plan.target == GROUP and server.name in ENDED_BY_THEIR_OWN:
+        yield f"a worker of {server.name} that is signalled before its master loses its tasks: {KILL_MODE}"
+    if server.die_on_term:
+        yield f"a worker that is answering a request at the signal would lose its tasks: {UWSGI_HOOK}"
+
+
+def _name(process: ProcessResult) -> str:
+    server = process.server
+    return f"{server.name} {server.worker}".rstrip()
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
