@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from tests.testapp.models import Note
 ALIASES = ["default", "pooled", "sqlite"]
 MODULE_LINES = 400  # of a module of the package at most
 CORE_LINES = 2395  # of the core at most, in all; 2000 are aimed at
+CHECKOUT = Path(__file__).parent.parent
 KINDS = ["servers", "engines", "browser", "kit"]  # of the environments that run the tests of one marker
 
 under_tox = pytest.mark.skipif("TOX_ENV_NAME" not in os.environ, reason="not under tox")
@@ -84,6 +86,31 @@ def test_modules_can_be_read_in_one_sitting() -> None:
 
     assert too_long == {}
     assert sum(lines_of(package / "core").values()) <= CORE_LINES
+
+
+def test_workflows_pin_every_action_to_a_commit() -> None:
+    """An action of others is named by the hash of a commit, which cannot be moved, and its version."""
+    workflows = sorted((CHECKOUT / ".github" / "workflows").glob("*.yml"))
+    used = [line for path in workflows for line in re.findall(r"uses: (.*)", path.read_text())]
+
+    others = [line for line in used if not line.startswith("$/")]  # what is in this repository
+
+    assert len(others) > len(workflows)
+    assert [line for line in others if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", line)] == []
+
+
+def test_workflow_runs_every_python() -> None:
+    """GitHub runs each Python that the package is declared for, and each that tox has an environment for."""
+    workflow = (CHECKOUT / ".github" / "workflows" / "ci.yml").read_text()
+    project = (CHECKOUT / "pyproject.toml").read_text()
+    environments = (CHECKOUT / "tox.ini").read_text().split("[testenv]")[0]
+
+    run = set(re.findall(r'"([^"]+)"', re.findall(r"python: \[(.*)\]", workflow)[0]))
+    declared = set(re.findall(r"Programming Language :: Python :: (3\.\d+)", project))
+    tested = {f"3.{minor}" for minor in re.findall(r"^ +py3(\d+t?)-", environments, re.MULTILINE)}
+
+    assert declared
+    assert declared | tested <= run
 
 
 @pytest.mark.django_db(transaction=True, databases=["default", "pooled"])
