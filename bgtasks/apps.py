@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from functools import partial
+from importlib import import_module
 from typing import Any
 
+import django
 from django.apps import AppConfig
+from django.conf import settings
 from django.core.checks import register
 from django.core.signals import setting_changed
 from django.db.backends.signals import connection_created
@@ -17,8 +20,11 @@ from bgtasks.checks import (
     check_database_pools,
     check_greenlets,
     check_handoff,
+    check_inline,
     check_lifespan,
+    check_logging,
     check_settings,
+    check_sqlite,
 )
 from bgtasks.pools import pools
 from bgtasks.rehearsal import ENVIRONMENT
@@ -39,7 +45,13 @@ class BgtasksConfig(AppConfig):
         register(check_database_pools)  # not Tags.database: it opens no connection, and shall always run
         register(check_handoff)
         register(check_greenlets)
+        register(check_logging)
+        register(check_sqlite)
+        register(check_inline, deploy=True)
         register(check_lifespan, deploy=True)
+        if django.VERSION >= (6, 0) and settings.is_overridden("TASKS"):
+            # It registers the checks of the backends, and maybe nobody else imports it before they run.
+            import_module("django.tasks")
         setting_changed.connect(_on_setting_changed, dispatch_uid="bgtasks")
         connection_created.connect(_on_connection_created, dispatch_uid="bgtasks")
         if not any(conf.problems(conf.configured())):

@@ -1,7 +1,8 @@
-"""System checks of the setting BGTASKS. Every id is documented in the README."""
+"""System checks of the settings. Every id is documented in the README."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any, cast
 
 import django
@@ -12,6 +13,7 @@ from django.db import connections, router
 from django.utils.module_loading import import_string
 
 from bgtasks import conf, propagators
+from bgtasks.core.log import enabled, logger
 from bgtasks.greenlets import NO_GREENLETS, NO_LOOP, patched
 
 # Backends in TASKS that no worker of another process takes tasks from, and what they do instead.
@@ -161,25 +163,115 @@ def check_greenlets(**_kwargs: Any) -> list[checks.CheckMessage]:
     return []
 
 
-def check_lifespan(**_kwargs: Any) -> list[checks.CheckMessage]:
-    """Warn before a deployment if ASGI_APPLICATION is not wrapped in bgtasks.asgi.lifespan (bgtasks.W002)."""
-    path = getattr(settings, "ASGI_APPLICATION", None)
-    if path is None:
+def check_sqlite(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn if tasks that run side by side would fail on SQLite (bgtasks.W005)."""
+    if any(conf.problems(conf.configured())):
         return []
-    try:
-        application = import_string(path)
-    except Exception:
-        return []  # whoever starts the server will hear of it
-    if hasattr(application, "bgtasks_lifespan"):
+    configs = [config for name in conf.pool_names() if (config := conf.pool_config(name))]
+    if sum(config.conn_max for config in configs) < 2:  # noqa: PLR2004  # one task at a time
         return []
     return [
         checks.Warning(
-            f"ASGI_APPLICATION ({path!r}) is not wrapped in bgtasks.asgi.lifespan: under uvicorn, the tasks "
+            f"The database {alias!r} is SQLite, and tasks that run at once fail there with 'database is "
+            "locked': each that reads and then writes in a transaction, while another one writes.",
+            hint=(
+                f'Write into DATABASES[{alias!r}]["OPTIONS"]: '
+                '"transaction_mode": "IMMEDIATE", "timeout": 20. Or set CONN_MAX to 1.'
+            ),
+            id="bgtasks.W005",
+        )
+        for alias in connections
+        if connections[alias].vendor == "sqlite" and _begins_with_a_read(connections.settings[alias])
+    ]
+
+
+def _begins_with_a_read(database: dict[str, Any]) -> bool:
+    mode = database.get("OPTIONS", {}).get("transaction_mode") or "DEFERRED"
+    return str(mode).upper() == "DEFERRED"  # Django will say what is wrong with another one
+
+
+def check_inline(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn before a deployment if a pool runs its tasks in the code that spawns them (bgtasks.W006)."""
+    if any(conf.problems(conf.configured())):
+        return []
+    return [
+        checks.Warning(
+            f"BGTASKS[{name!r}][\"MODE\"] is 'inline': every task runs in the request that spawns it, which "
+            "waits for it and fails with it.",
+            hint='Set it in the settings of the tests only; the default is "pool".',
+            id="bgtasks.W006",
+        )
+        for name in conf.pool_names()
+        if (config := conf.pool_config(name)) and config.mode == conf.INLINE
+    ]
+
+
+def check_logging(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn if nothing writes the warnings of the logger "bgtasks" (bgtasks.W004)."""
+    if enabled(logging.WARNING) and _has_handler():
+        return []
+    return [
+        checks.Warning(
+            'LOGGING lets no warning of the logger "bgtasks" through: nobody would see what is dropped.',
+            hint='Give it a handler and the level "WARNING" or a lower one: LOGGING["loggers"]["bgtasks"].',
+            id="bgtasks.W004",
+        )
+    ]
+
+
+def _has_handler() -> bool:
+    """Tell whether a handler writes the warnings of our logger. Without any, Python does it by itself."""
+    handlers: list[logging.Handler] = []
+    of: logging.Logger | None = logger
+    while of is not None:
+        handlers += of.handlers
+        of = of.parent if of.propagate else None
+    return not handlers or any(
+        each.level <= logging.WARNING and not isinstance(each, logging.NullHandler) for each in handlers
+    )
+
+
+def check_lifespan(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn before a deployment if the ASGI application is not wrapped in lifespan (bgtasks.W002)."""
+    named, path, application = _asgi_application()
+    if application is None or hasattr(application, "bgtasks_lifespan"):
+        return []
+    return [
+        checks.Warning(
+            f"{named} ({path!r}) is not wrapped in bgtasks.asgi.lifespan: under uvicorn, the tasks "
             "that are queued or running when a process ends would be lost.",
-            hint="Write application = bgtasks.asgi.lifespan(get_asgi_application()) in asgi.py.",
+            hint=(
+                "Write application = bgtasks.asgi.lifespan(get_asgi_application()) in asgi.py. "
+                "If the site is served by WSGI only, remove the file, or silence this check."
+            ),
             id="bgtasks.W002",
         )
     ]
+
+
+def _asgi_application() -> tuple[str, str, object]:
+    """Return the project's ASGI application, after what it is called and its path; None if there is none.
+
+    It is that of the setting ASGI_APPLICATION, which only some servers read, or else that of the asgi.py
+    which startproject has written beside wsgi.py and the root URLconf.
+    """
+    path = getattr(settings, "ASGI_APPLICATION", None)
+    if path is not None:
+        return "ASGI_APPLICATION", path, _imported(path)
+    wsgi = str(getattr(settings, "WSGI_APPLICATION", None) or "").rpartition(".")[0]
+    for neighbour in (wsgi, str(getattr(settings, "ROOT_URLCONF", ""))):
+        package = neighbour.rpartition(".")[0]
+        path = f"{package}.asgi.application"
+        if package and (application := _imported(path)) is not None:
+            return "The application in asgi.py", path, application
+    return "", "", None
+
+
+def _imported(path: str) -> object:
+    try:
+        return import_string(path)
+    except Exception:
+        return None  # whoever starts the server will hear of it
 
 
 def _pool_size(database: dict[str, Any]) -> int | None:

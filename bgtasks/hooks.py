@@ -21,7 +21,7 @@ from django.dispatch import Signal
 from bgtasks import context as task_context
 from bgtasks import database, propagators, shortcuts
 from bgtasks.core.figures import DropReason, Outcome, ShedReason
-from bgtasks.core.log import escaped, log, logger
+from bgtasks.core.log import enabled, escaped, log
 from bgtasks.core.task import Hooks, Task
 from bgtasks.exceptions import TaskDropped
 from bgtasks.signals import task_dropped, task_finished, task_shed, task_spawned, task_started
@@ -260,17 +260,17 @@ class DjangoHooks(Hooks):
 
     def ended(self, task: Task, outcome: Outcome, error: BaseException | None, waiting: int) -> None:
         """Log how `task` ended: at DEBUG, or at ERROR with what it raised, which is kept as text as well."""
-        if error is None and not logger.isEnabledFor(logging.DEBUG):
+        if error is None and not enabled(logging.DEBUG):
             return
         if error is not None:
             self._keep(task, outcome, error)
         # A task of django.tasks has logged by itself what it raised.
         logged = error is None or isinstance(task.function, Recorded)
         level = logging.DEBUG if logged else logging.ERROR
-        if not logger.isEnabledFor(level):
+        if not enabled(level):
             return
         extra = {
-            "task": escaped(task.name),
+            "task": task.name,
             "pool": self._name,
             "outcome": outcome.label,
             "wait_s": task.started_at - task.spawned_at,

@@ -196,7 +196,7 @@ def check_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _exception_classes(value: Any) -> tuple[type[BaseException], ...]:
-    kinds: Any = value if isinstance(value, tuple) else (value,)
+    kinds: Any = value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportUnknownVariableType]
     if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds):
         raise TypeError(f"retry_on must be an exception class or a tuple of these, not {value!r}")
     return cast(tuple[type[BaseException], ...], kinds)

@@ -1,6 +1,8 @@
 """What "manage.py check" says of BGTASKS, and of the databases' connection pools."""
 
 import io
+import logging
+import logging.config
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -293,7 +295,10 @@ def test_application_without_lifespan_is_warned_of_before_a_deployment(settings:
         "ASGI_APPLICATION ('tests.test_checks.bare') is not wrapped in bgtasks.asgi.lifespan: under uvicorn, "
         "the tasks that are queued or running when a process ends would be lost."
     )
-    assert message.hint == "Write application = bgtasks.asgi.lifespan(get_asgi_application()) in asgi.py."
+    assert message.hint == (
+        "Write application = bgtasks.asgi.lifespan(get_asgi_application()) in asgi.py. "
+        "If the site is served by WSGI only, remove the file, or silence this check."
+    )
 
 
 def test_application_with_lifespan_is_not_warned_of(settings: Settings) -> None:
@@ -316,6 +321,53 @@ def test_application_that_is_not_there_is_not_warned_of(settings: Settings, path
     settings.ASGI_APPLICATION = path
 
     assert deployment_warnings() == []
+
+
+# What a deployment should not have (W006), and what would not be seen (W004). SQLite: test_new_projects.py.
+
+
+def test_inline_pool_is_warned_of_before_a_deployment(settings: Settings) -> None:
+    """The setting for tests, copied into production, would have every visitor wait for the tasks."""
+    settings.BGTASKS = {"email": {"MODE": "inline"}}
+
+    assert ours() == []
+    (message,) = ours(include_deployment_checks=True)
+    assert message.id == "bgtasks.W006"
+    assert message.msg.startswith("BGTASKS['email'][\"MODE\"] is 'inline': every task runs in the request ")
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        ({}, []),
+        ({"level": "ERROR"}, ["bgtasks.W004"]),
+        ({"handlers": ["null"], "propagate": False}, ["bgtasks.W004"]),
+        ({"handlers": ["errors"], "propagate": False}, ["bgtasks.W004"]),
+        ({"handlers": ["errors", "console"], "propagate": False}, []),
+        ({"propagate": False}, []),  # Python writes it to standard error
+    ],
+)
+def test_logger_that_lets_no_warning_through_is_warned_of(options: Any, ids: list[str]) -> None:
+    """Whatever hides a drop from the log is said by the check."""
+    handlers = {
+        "null": {"class": "logging.NullHandler"},
+        "errors": {"class": "logging.StreamHandler", "level": "ERROR"},
+        "console": {"class": "logging.StreamHandler"},
+    }
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "handlers": handlers,
+            "loggers": {"bgtasks": options},
+        }
+    )
+    try:
+        assert [message.id for message in ours()] == ids
+    finally:
+        logging.config.dictConfig(
+            {"version": 1, "disable_existing_loggers": False, "loggers": {"bgtasks": {"level": "NOTSET"}}}
+        )
 
 
 def test_size_that_is_no_number_is_left_to_the_pool(database_pool: Callable[..., Any]) -> None:

@@ -2,7 +2,7 @@
 
 Nothing that comes from outside can forge a line. A task's name is always logged as its ``repr``. A traceback,
 which may quote what an attacker has sent, has each line indented and its control characters written out: only
-a record begins at the margin. A task's arguments are never logged: they hold personal data.
+a record begins at the margin. A task's arguments are not logged, but what it raises may quote them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,15 @@ NAME_LENGTH = 100  # characters of a name that are shown among others
 _CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 
 
+def enabled(level: int) -> bool:
+    """Tell whether the project's LOGGING lets records of `level` pass.
+
+    It disables the loggers that exist before it, unless told not to. Whether ours does depends on imports.
+    """
+    logger.disabled = False
+    return logger.isEnabledFor(level)
+
+
 def log(
     level: int,
     message: str,
@@ -38,11 +47,15 @@ def log(
     For the threads of bgtasks: it swallows even a SystemExit that a handler raises.
     """
     try:
-        if not logger.isEnabledFor(level):
+        if not enabled(level):
             return
         path, line, function, _ = logger.findCaller(stacklevel=2)
         exc_info = None if error is None else (type(error), error, error.__traceback__)
-        record = logger.makeRecord(logger.name, level, path, line, message, args, exc_info, function, extra)
+        record = logger.makeRecord(logger.name, level, path, line, message, args, exc_info, function)
+        # Not by makeRecord, which fails if the project's record factory has set one of these attributes.
+        vars(record).update(
+            (name, escaped(of) if type(of) is str else of) for name, of in (extra or {}).items()
+        )
         if error is not None:
             record.exc_text = _traceback_of(error)  # a Formatter takes it, where it would make its own
         logger.handle(record)

@@ -21,7 +21,7 @@ from weakref import WeakSet
 
 from bgtasks.context import fill
 from bgtasks.core.figures import Outcome
-from bgtasks.core.log import log, logger
+from bgtasks.core.log import enabled, log
 from bgtasks.core.loop import Loop
 from bgtasks.core.places import State
 from bgtasks.core.queue import TaskQueue
@@ -281,7 +281,7 @@ class Mover:
         queue = self.queue
         if not queue.count_handed_off(task):
             return  # a shutdown has given it up before, and reported it
-        if logger.isEnabledFor(logging.DEBUG):
+        if enabled(logging.DEBUG):
             extra = {"task": task.name, "pool": queue.pool, "outcome": Outcome.HANDED_OFF.label}
             message = "task %r of pool %r handed off to the engine %r"
             log(logging.DEBUG, message, task.name, queue.pool, self.engine.alias, extra=extra)

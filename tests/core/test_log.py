@@ -349,3 +349,22 @@ def test_handler_that_raises_fails_no_task(handler: Any) -> None:
         logger.handlers.pop()
 
         assert (core.stats().failed, core.stats().succeeded) == (2, 1)
+
+
+def test_record_factory_that_knows_a_task_loses_no_line(logs: Logs) -> None:
+    """A project may have records with attributes of our names; in our records they are ours."""
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = before(*args, **kwargs)
+        vars(record).update(task="theirs", user="theirs")
+        return record
+
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(factory)
+    try:
+        log(logging.WARNING, "a line", extra={"task": "ours"})
+    finally:
+        logging.setLogRecordFactory(before)
+
+    [record] = logs.records
+    assert (record.getMessage(), record.task, record.user) == ("a line", "ours", "theirs")
