@@ -47,15 +47,16 @@ def log(
     For the threads of bgtasks: it swallows even a SystemExit that a handler raises.
     """
     try:
-        if not enabled(level):
+        logger.disabled = False  # as in `enabled`
+        if not logger.isEnabledFor(level):
             return
         path, line, function, _ = logger.findCaller(stacklevel=2)
         exc_info = None if error is None else (type(error), error, error.__traceback__)
         record = logger.makeRecord(logger.name, level, path, line, message, args, exc_info, function)
         # Not by makeRecord, which fails if the project's record factory has set one of these attributes.
-        vars(record).update(
-            (name, escaped(of) if type(of) is str else of) for name, of in (extra or {}).items()
-        )
+        if extra is not None:
+            for name, value in extra.items():
+                vars(record)[name] = escaped(value) if type(value) is str else value
         if error is not None:
             record.exc_text = _traceback_of(error)  # a Formatter takes it, where it would make its own
         logger.handle(record)
