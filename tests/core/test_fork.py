@@ -155,7 +155,7 @@ def script_again_and_again() -> list[Any]:
     return [children == [FRESH] * 20, threads_at_fork, figures()]
 
 
-# A bare thread that has just started the watch on the loop may not have ended: on Python 3.15 that is an error here.
+# A bare thread that has just started the watch on the loop may not have ended: 3.15 makes that an error here.
 @pytest.mark.flaky(reruns=4)
 def test_idle_process_forks_again_and_again_without_a_thread() -> None:
     """However soon after its last task it forks, and however often its threads are started again."""

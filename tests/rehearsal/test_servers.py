@@ -196,6 +196,8 @@ def test_server_that_loses_nothing_is_said_to(name: str, rehearsals: Any) -> Non
     assert advice.verdict(result).startswith(f"No task was lost: all {result.accepted} accepted tasks")
 
 
+# When a process ends, and so what it had lost by then, is a race in some of them on a busy machine.
+@pytest.mark.flaky(reruns=3)
 @over(LOSING)
 def test_server_that_loses_tasks_is_said_to_and_what_to_change(name: str, rehearsals: Any) -> None:
     """The line to change is the one that tests/test_servers.py knows to be right."""
