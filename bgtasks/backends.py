@@ -258,18 +258,23 @@ class Job(Recorded):
     def drop(self) -> None:
         """End a task that its pool has not accepted, or has given up before it was run."""
         slots = self.pool.slots
-        name, pool = self.result.task.module_path, self.pool.name
+        pool = self.pool.name
         if slots is not None and slots.queue.state is State.OPEN:
             why = f"pool {pool!r} is full (capacity {slots.queue.capacity})"
         else:
             why = f"pool {pool!r} is shut down"
-        if self._fail(TaskDropped(f"task {name!r} dropped: {why}")):
+        self._give_up(why)
+
+    def _give_up(self, why: str) -> None:
+        if self._fail(TaskDropped(f"task {self.result.task.module_path!r} dropped: {why}")):
             _send(task_finished, self)
 
     def finished(self, outcome: Outcome) -> None:
         """Hear from the pool that the task has ended without being run to its end."""
         if outcome is Outcome.CANCELLED:
             self.drop()
+        elif outcome is Outcome.SHED:
+            self._give_up("it was too old to run, or a full pool gave way to newer ones")
         else:
             self.record.hand_off(self._sent)
 

@@ -71,7 +71,7 @@ class Recorded(ABC):
 
     @abstractmethod
     def finished(self, outcome: Outcome) -> None:
-        """Hear that the task was cancelled or handed off."""
+        """Hear that the task was cancelled, shed or handed off."""
 
     @abstractmethod
     def description(self) -> tuple[Any, list[Any], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from math import isfinite
-from typing import Any, ParamSpec, TypeVar, cast, overload
+from typing import Any, ParamSpec, cast, overload
 
 from asgiref.sync import sync_to_async
 from django.core.exceptions import SynchronousOnlyOperation
@@ -14,12 +14,10 @@ from django.db import connections, transaction
 from bgtasks.core.policy import Options, Policy
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
+from bgtasks.hooks import Recorded
 from bgtasks.submission import DjangoTask, OnCommit, is_function, make_task
 
 P = ParamSpec("P")
-F = TypeVar("F", bound=Callable[..., object])
-
-OPTIONS = "bgtasks_options"  # the attribute of a function that ``using`` has decorated
 
 
 class Spawning(ABC):
@@ -125,9 +123,6 @@ class Spawning(ABC):
 class Using(Spawning):
     """A pool with options for what is spawned through it. It may be kept, and used again.
 
-    As a decorator, beneath ``@django.tasks.task``, it gives them to all tasks that ``PoolBackend`` makes of a
-    function; other backends ignore it.
-
     >>> urgent = bgtasks.using(expires=5)
     >>> urgent.spawn("ping-partner", ping_partner, partner.pk)
     True
@@ -144,11 +139,6 @@ class Using(Spawning):
     def __repr__(self) -> str:
         given = self._options if self.database is None else {**self._options, "database": self.database}
         return f"using({', '.join(f'{name}={value!r}' for name, value in given.items())})"
-
-    def __call__(self, function: F) -> F:
-        """Mark `function`, for ``PoolBackend``."""
-        setattr(function, OPTIONS, self)
-        return function
 
     def make(self, name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Task:
         """Return the task that ``spawn`` asks for."""
@@ -168,8 +158,8 @@ class Using(Spawning):
 
 def policy_for(task: Task, options: Options) -> Policy:
     """Return what `options` mean for `task`."""
-    if not callable(task.function):
-        options = options._replace(retries=0)  # a coroutine object runs once
+    if not callable(task.function) or isinstance(task.function, Recorded):
+        options = options._replace(retries=0)  # a coroutine object runs once, and a result is written once
     return Policy(options, task.name, task.function, task.asynchronous, task.spawned_at)
 
 

@@ -478,6 +478,30 @@ def test_a_dropped_task_is_a_failed_result(capacity: int, caplog: pytest.LogCapt
             assert bgtasks.stats()["default"].dropped == 1
 
 
+def test_a_task_that_is_shed_is_a_failed_result() -> None:
+    """It waited for nothing: a full pool gave it up for a newer one."""
+    options = {"CAPACITY": 1, "CONN_MAX": 1, "ON_FULL": "drop_oldest"}
+    with override_settings(BGTASKS={"default": options}), held() as gate:
+        tasks.held.enqueue("gate")
+        gate.wait_entered()
+        older = tasks.noop.enqueue()
+        tasks.noop.enqueue()
+
+        [error] = tasks.noop.get_result(older.id).errors
+        assert error.exception_class is TaskDropped
+        assert "a full pool gave way to newer ones" in error.traceback
+
+
+def test_a_task_with_a_result_is_not_tried_again() -> None:
+    """Its result is written once, whatever RETRIES says."""
+    with override_settings(BGTASKS={"default": {"RETRIES": 3, "RETRY_DELAY": 0}}):
+        result = tasks.fail.enqueue()
+        assert bgtasks.drain(BOUND)
+
+        assert tasks.fail.get_result(result.id).attempts == 1
+        assert bgtasks.stats()["default"].retried == 0
+
+
 def test_a_task_enqueued_after_the_shutdown_is_a_failed_result() -> None:
     """A closed pool raises nothing either."""
     with override_settings(BGTASKS={"email": {}}):

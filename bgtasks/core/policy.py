@@ -1,4 +1,4 @@
-"""What may be asked for a task beside being run: that it expires, has a key, or is tried again."""
+"""The options of a submission: when the task expires, its key, and whether it is tried again."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Options(NamedTuple):
 
 
 class Policy:
-    """The options of one task, and how far it has come with them. Written under the pool's lock."""
+    """The options of one task, and which of its tries have been made. Written under the pool's lock."""
 
     __slots__ = ("asynchronous", "due_at", "expires_at", "function", "key", "options", "tries")
 
@@ -35,20 +35,18 @@ class Policy:
         self, options: Options, name: str, function: Function, asynchronous: bool, spawned_at: float
     ) -> None:
         self.options = options
-        self.key = (
-            "" if options.key is None else f"{name}\0{options.key}"
-        )  # one of the whole pool; "" for none
-        # What to call in each try: the task's own are those of the coroutine that the function has returned.
+        # One for all names of the pool; "" for none.
+        self.key = "" if options.key is None else f"{name}\0{options.key}"
+        # What to call in each try. The task's own may be the coroutine that the function has returned.
         self.function = function
         self.asynchronous = asynchronous
-        self.expires_at = (
-            inf if options.expires is None else spawned_at + options.expires
-        )  # monotonic seconds
-        self.due_at = 0.0  # monotonic seconds, before which it is not run
+        # In monotonic seconds:
+        self.expires_at = inf if options.expires is None else spawned_at + options.expires
+        self.due_at = 0.0  # when it is to be tried again
         self.tries = 0  # that have failed
 
     def delay_after(self, outcome: Outcome, error: BaseException | None, now: float) -> float | None:
-        """Return after how many seconds to try again what has ended so; None if that is the end of it."""
+        """Return after how many seconds to try again what ended like this; None if not at all."""
         options = self.options
         if self.tries >= options.retries or outcome not in {Outcome.FAILED, Outcome.TIMED_OUT}:
             return None

@@ -111,7 +111,7 @@ class TaskQueue(Waiting):
         """Release what is due, shed what is too old, and return where the next task is, if there is one."""
         self._release_due(now)
         while (index := self._first()) is not None:
-            if self.waiting[index].policy is None or not is_too_old(self.waiting[index], now):
+            if not is_too_old(self.waiting[index], now):
                 break
             self._shed(ShedReason.EXPIRED, index)
         return index
@@ -126,7 +126,7 @@ class TaskQueue(Waiting):
 
     def _give(self, slot: SlotState, now: float, index: int = 0) -> Task:
         """Move a waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
-        # No call from here on, so all of it is done or nothing.
+        # No call from here to the next one, so all of it is done or nothing.
         task = self.waiting[index]
         figures, policy = task.figures, task.policy
         task.started_at = now
@@ -140,8 +140,8 @@ class TaskQueue(Waiting):
         if slot.place is not Place.LOOP or not task.asynchronous:
             slot.place = Place.THREAD
         del self.waiting[index]
-        if policy is not None and policy.key in self.keyed and self.keyed[policy.key] is task:
-            del self.keyed[policy.key]
+        if policy is not None:
+            self._forget_key(task)
         return task
 
     @step
@@ -193,7 +193,7 @@ class TaskQueue(Waiting):
         slot.place = Place.IDLE if slot in self.slots else Place.OUT
         if slot.place is Place.IDLE:
             self.idle.append(slot)
-            if self.delayed or self.shed:
+            if self.delayed:
                 slot.wake()  # so that its thread sleeps no longer than it may
 
     def _leave_idle(self, slot: SlotState) -> None:

@@ -52,13 +52,12 @@ class Shutdown:
         """Wait until nothing but `own` waits or runs, or the time is over; then cancel what waits."""
         slots, tasks = self.slots, self.slots.queue
         slots.wind_up(self.deadline)
-        late: set[Task | None] = {own, *tasks.due_after(self.deadline)}
-        while self._unfinished() - late:
+        while self._unfinished() - {own}:
             left = self.deadline - monotonic()
             if left <= 0 or (tasks.queued and not self._has_threads()):
                 break  # or nobody is there to run them
             # The start of threads may fail behind our back, and then nobody would wake us.
-            self._sleep(left if slots.all else min(left, START_PATIENCE), except_for=late)
+            self._sleep(left if slots.all else min(left, START_PATIENCE), except_for={own})
         tasks.cancel_waiting(self._cancelled)
         self._tell()
         self._asked += [task for task in tasks.running() if task is not own and task not in self._asked]

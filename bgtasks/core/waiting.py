@@ -38,7 +38,7 @@ class Waiting(Steps):
         self.state = State.OPEN
         self.paused = False  # no task is taken
         self.waiting: deque[Task] = deque()
-        self.delayed: list[Task] = []  # until their time, in that order
+        self.delayed: list[Task] = []  # until they are tried again, in the order of that time
         self.keyed: dict[str, Task] = {}  # what waits and has a key, but for what is checked out
         self.checked_out: dict[Task, None] = {}  # with a consumer that may hand them off, oldest first
         self.check_out_new = False  # what is put is checked out at once
@@ -97,7 +97,7 @@ class Waiting(Steps):
         twin = None if task.policy is None else self.keyed.get(task.policy.key)
         if self.state is not State.OPEN:
             return _count_drop(task.figures, DropReason.SHUTDOWN)
-        if twin is not None:
+        if twin is not None and twin.life is Life.WAITING:
             _coalesce(twin, task)
             return None
         if self.queued >= self.capacity:
@@ -118,24 +118,19 @@ class Waiting(Steps):
             self._shed(ShedReason.EXPIRED)
 
     def _accept(self, task: Task) -> None:
-        figures, policy, index = task.figures, task.policy, None
-        if policy is not None:
-            self.makes_room = self.makes_room or policy.expires_at < inf
-            if policy.due_at > monotonic():
-                index = self._delayed_index(policy)
-        # No call from here on: all of it is done or nothing.
+        figures, policy = task.figures, task.policy
+        # No call from here on, so all of it is done or nothing.
         figures.spawned += 1
         figures.queued += 1
         self.queued += 1
-        if index is None and self.check_out_new:
+        if self.check_out_new:
             self.checked_out[task] = None
-            return
-        if policy is not None and policy.key:
-            self.keyed[policy.key] = task
-        if index is None:
-            self.waiting += (task,)
         else:
-            self.delayed[index:index] = (task,)
+            self.waiting += (task,)
+            if policy is not None and policy.key:
+                self.keyed[policy.key] = task
+        if policy is not None and policy.expires_at < inf:
+            self.makes_room = True
 
     def _delayed_index(self, policy: Policy) -> int:
         """Return where a task with this `policy` is to be delayed, and have a thread sleep until then."""
@@ -171,8 +166,7 @@ class Waiting(Steps):
         self, task: Task, outcome: Outcome, ended: MutableSequence[T], entry: T, index: int = 0
     ) -> None:
         """Count the task at `index`, or one that is checked out, and add an `entry` to what has `ended`."""
-        policy = task.policy
-        # No call from here to the last one, so all of it is done or nothing.
+        # No call from here to the next one, so all of it is done or nothing.
         if task.life is not Life.WAITING:
             return  # a spawn by a signal handler has just shed it
         task.life, task.outcome = Life.ENDED, outcome
@@ -184,9 +178,12 @@ class Waiting(Steps):
             del self.checked_out[task]
         else:
             del self.waiting[index]
-        if policy is not None and policy.key in self.keyed and self.keyed[policy.key] is task:
-            del self.keyed[policy.key]
+        self._forget_key(task)
         self.mark_ended(task)
+
+    def _forget_key(self, task: Task) -> None:
+        if task.policy is not None and self.keyed.get(task.policy.key) is task:
+            del self.keyed[task.policy.key]
 
     def tell_shed(self) -> None:
         """Tell of what was shed. Called without the lock."""
@@ -211,11 +208,9 @@ class Waiting(Steps):
         tasks: list[Task] = []
         while len(tasks) < number and self.waiting:
             task = self.waiting[-1]
-            policy = task.policy
-            if policy is not None and policy.key in self.keyed and self.keyed[policy.key] is task:
-                del self.keyed[policy.key]
             self.checked_out[task] = None
             self.waiting.pop()
+            self._forget_key(task)
             tasks.append(task)
         return tasks
 
@@ -255,24 +250,17 @@ class Waiting(Steps):
         self.paused = False
         if self.state is State.OPEN:
             self.state = State.CLOSING
-        self.delayed = sorted(self.delayed, key=_is_no_retry)
-        self._release(sum(not _is_no_retry(task) for task in self.delayed))
+        self._release(len(self.delayed))
 
     @step
     def cancel_waiting(self, cancelled: list[Task], *, checked_out: bool = False) -> None:
         """Close for good, and move what waits to `cancelled`; and if `checked_out`, what is checked out."""
         self.state = State.CLOSED
         self.check_out_new = False
-        self._release(len(self.delayed))
         for task in [*self.waiting, *(self.checked_out if checked_out else ())]:
             self._end_waiting(task, Outcome.CANCELLED, cancelled, task)
 
     # For whoever looks.
-
-    @step
-    def due_after(self, deadline: float) -> list[Task]:
-        """Return the delayed tasks that are not due by `deadline` (monotonic seconds)."""
-        return [task for task in self.delayed if due_at(task) > deadline]
 
     def held(self) -> list[Task]:
         """Return all tasks that wait, wherever they do. Part of a step."""
@@ -287,10 +275,6 @@ def is_too_old(task: Task, now: float) -> bool:
 def due_at(task: Task) -> float:
     """Return when a delayed `task` may run, in monotonic seconds."""
     return 0.0 if task.policy is None else task.policy.due_at
-
-
-def _is_no_retry(task: Task) -> bool:
-    return task.policy is None or not task.policy.tries
 
 
 def _count_drop(figures: NameFigures, reason: DropReason) -> DropReason:

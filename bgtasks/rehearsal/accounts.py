@@ -27,7 +27,8 @@ CLOSING = "closing"  # a spawn was refused, since the pools are shutting down
 DROPPED = "dropped "  # and a reason: a kind of probe cannot run there
 NO_DATABASE = "no database "  # and the type of an exception
 
-FINISHED = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT)
+# What has run to its end, or was shed as the pool's EXPIRES or ON_FULL say.
+FINISHED = (Outcome.SUCCEEDED, Outcome.FAILED, Outcome.TIMED_OUT, Outcome.SHED)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Account:
 
     @property
     def finished(self) -> int:
-        """How many have run to their end."""
+        """How many have run to their end, or were shed."""
         return sum(self.events[outcome.label] for outcome in FINISHED)
 
     @property

@@ -21,7 +21,7 @@ from typing import Any
 from django.db import connection
 
 from bgtasks import conf
-from bgtasks.core.figures import DropReason
+from bgtasks.core.figures import DropReason, Outcome
 from bgtasks.pool import Pool
 from bgtasks.pools import pools
 from bgtasks.process import may_have_threads
@@ -36,7 +36,7 @@ from bgtasks.rehearsal.accounts import (
     read_order,
 )
 from bgtasks.rehearsal.servers import only_reloads, server_facts
-from bgtasks.signals import task_dropped, task_finished
+from bgtasks.signals import task_dropped, task_finished, task_shed
 
 POLL = 0.05  # seconds between two looks for an order, and between two times that the pools are filled
 SHORTEST = 0.25  # seconds that a probe sleeps at least
@@ -104,6 +104,7 @@ class _Part:
             time.sleep(POLL)
         task_finished.connect(self._on_finished)
         task_dropped.connect(self._on_dropped)
+        task_shed.connect(self._on_shed)
         fillings = [_Filling(pool, seconds) for pool in pools.values() if not pool.is_diverted]
         ready = False
         while all(self._fill(filling) for filling in fillings):
@@ -130,6 +131,10 @@ class _Part:
     def _on_finished(self, name: str, outcome: str, **_named: object) -> None:
         if name.startswith(NAME):
             self.note(outcome)
+
+    def _on_shed(self, name: str, **_named: object) -> None:
+        if name.startswith(NAME):
+            self.note(Outcome.SHED.label)
 
     def _on_dropped(self, name: str, reason: str, **_named: object) -> None:
         if name.startswith(NAME):

@@ -21,7 +21,7 @@ from bgtasks.core.places import SlotState, State
 from bgtasks.core.policy import Options, Policy
 from bgtasks.core.task import Task
 from bgtasks.monitoring.figures import read_stats
-from tests.core.test_queue import QueueMachine
+from tests.core.test_queue import QueueMachine, new_queue
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import Core, assert_whole, make_task, receiving
 
@@ -251,6 +251,26 @@ def test_task_that_runs_is_not_touched_by_one_with_its_key() -> None:
         core.drain()
 
         assert (core.stats().coalesced, core.stats().succeeded) == (0, 2)
+
+
+def test_spawn_in_the_middle_of_a_step_leaves_the_task_that_is_taken_alone() -> None:
+    """A signal handler that spawns just then is not coalesced with what runs by now."""
+    queue, [slot] = new_queue()
+    first, second = with_policy(make_task(), key="a"), with_policy(make_task(), key="a")
+    queue.put(first)
+    forget = queue._forget_key
+
+    def spawn_and_forget(task: Task) -> None:
+        if task is first:
+            queue.put(second)
+        forget(task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue, "_forget_key", spawn_and_forget)
+        assert queue.take(slot) is first
+
+    assert list(queue.waiting) == [second]
+    assert queue.keyed == {second.policy.key: second} if second.policy else False
 
 
 def test_coalesced_coroutine_object_is_closed() -> None:
@@ -500,6 +520,33 @@ def test_delayed_task_runs_while_other_slots_are_busy() -> None:
         wait_until(lambda: core.stats().succeeded == 2)
 
         assert len(tries.at) == 2
+        gate.open()
+        core.drain()
+
+
+def test_coroutine_is_tried_again_though_nothing_else_happens() -> None:
+    """The loop leaves its slot idle, whose thread has slept all the while."""
+    tries = Tries(1)
+    with Core(conn_max=1) as core:
+        core.pool.using(retries=1, retry_delay=0.05).spawn("fails", tries.coroutine)
+        core.drain()
+
+        assert len(tries.at) == 2
+
+
+def test_slot_wakes_for_a_delayed_task_in_place_of_those_that_get_others() -> None:
+    """Of the slots that are idle at any time, one sleeps no longer than until the next try."""
+    tries = Tries(1)
+    with Core(conn_max=3) as core, Gate() as gate:
+        core.pool.using(retries=1, retry_delay=0.2).spawn("fails", tries)
+        wait_until(lambda: core.stats().retried == 1)
+        wait_until(lambda: len(core.queue.idle) == 3)
+        for number in (1, 2):
+            core.spawn("others", gate)
+            gate.wait_entered(number)
+        wait_until(lambda: core.stats().succeeded == 1)
+
+        assert core.stats().running == 2
         gate.open()
         core.drain()
 

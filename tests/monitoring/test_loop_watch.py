@@ -203,6 +203,27 @@ def test_deaf_loop_is_replaced(script: Any, failed: int) -> None:
     assert errors.count("RuntimeError: the drainer's loop is deaf, and was replaced") == failed
 
 
+def test_coroutine_that_was_lent_to_a_deaf_loop_runs_on_the_new_one() -> None:
+    """A plain function has begun it, and only the loop goes on with it."""
+    with Core(conn_max=1) as core, Gate(bound=10 * BOUND) as held:
+        core.drainer.loop.call_soon(held)
+        held.wait_entered()
+        old, thread = core.drainer.loop.running, core.drainer.loop.thread
+        core.spawn("returns a coroutine", lambda: asyncio.sleep(0))
+        wait_until(lambda: any(task.asynchronous for task in core.queue.running()))
+        core.drainer.replace_loop()
+        core.drain()
+
+        assert core.stats().succeeded == 1
+
+        assert old is not None
+        assert thread is not None
+        old.call_soon_threadsafe(old.stop)
+        held.open()
+        thread.join(BOUND)
+        old.close()
+
+
 def fail(thread: threading.Thread) -> None:
     raise RuntimeError("can't start new thread")
 

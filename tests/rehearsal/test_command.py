@@ -184,6 +184,20 @@ def test_new_project_is_rehearsed_without_a_change(project: dict[str, str], tmp_
     assert left_behind(tmp_path) == []
 
 
+def test_probes_that_are_too_old_to_run_are_not_lost(project: dict[str, str]) -> None:
+    """The pool sheds them, as its EXPIRES says, and their warnings say so."""
+    with Path("mysite/settings.py").open("a") as settings:
+        settings.write("BGTASKS = {'default': {'EXPIRES': 1, 'CONN_MAX': 1}}\n")
+    argv = ["manage.py", "bgtasks", "rehearse", "--json", "--seconds", "4", "--", "gunicorn", "mysite.wsgi"]
+    done = subprocess.run(
+        [sys.executable, *argv], env=project, capture_output=True, timeout=2 * BOUND, check=False
+    )
+    [process] = json.loads(done.stdout)["processes"]
+
+    assert (done.returncode, process["lost"]) == (0, 0)
+    assert process["accepted"] == process["finished"] > 0
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_rehearsal_leaves_nothing_behind(
     signum: int, project: dict[str, str], tmp_path: Path
