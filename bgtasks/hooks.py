@@ -222,7 +222,8 @@ class DjangoHooks(Hooks):
     def shed(self, task: Task, reason: ShedReason) -> None:
         """Tell the listeners that a waiting `task` was given up: shed, or failed if it was tried before."""
         if task.outcome is not Outcome.SHED:
-            error = TaskDropped(f"task {task.name!r} was to be tried again, and was {reason.value}")
+            why = f"was to be tried again, and was shed instead: {reason.value}"
+            error = TaskDropped(f"task {task.name!r} {why}")
             self.ended(task, Outcome.FAILED, error, 0)
             self.finished(task, Outcome.FAILED, error)
             return
@@ -237,8 +238,8 @@ class DjangoHooks(Hooks):
         """Log that `task` has failed and waits for another try, or why it does not."""
         kind = "" if error is None else escaped(type(error).__name__)
         if refusal is None:
-            message = "task %r of pool %r has failed (%s) %d times; it is tried again in %.1f s"
-            log(logging.WARNING, message, task.name, self._name, kind, tries, delay)
+            message = "try %d of task %r of pool %r has failed (%s); it is tried again in %.1f s"
+            log(logging.WARNING, message, tries, task.name, self._name, kind, delay)
         else:
             message = "task %r of pool %r has failed (%s), and is not tried again: %s"
             log(logging.WARNING, message, task.name, self._name, kind, refusal)

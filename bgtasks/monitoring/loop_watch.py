@@ -29,7 +29,7 @@ DEAF_LOOKS = 4  # in a row that find it in its selector, though it was called; t
 
 NO_ANSWER = "the drainer's loop has not answered for %.1f s, and all coroutines wait: %s, at:\n%s"
 DEAF = (
-    "the drainer's loop is deaf: a task may have closed its file descriptors. There is a new one; "
+    "the drainer's loop is deaf: a task may have closed its file descriptors. It has been replaced; "
     "coroutines that ran on the old one have failed"
 )
 

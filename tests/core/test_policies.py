@@ -454,7 +454,7 @@ def test_task_that_expires_before_its_next_try_has_failed() -> None:
         assert len(tries.at) == 1
         assert (core.stats().failed, core.stats().shed) == (1, 0)
         [line] = core.logs.above(logging.ERROR)
-        assert "was to be tried again, and was expired" in line
+        assert "was to be tried again, and was shed instead: expired" in line
 
 
 @pytest.mark.parametrize(
