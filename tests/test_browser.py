@@ -254,7 +254,7 @@ def test_page_without_any_task(site: Any, visitor: Callable[..., Any]) -> None:
 DROPPED = """[
     [...document.querySelectorAll('.bt-tile')].find(tile => tile.innerText.includes('Dropped')).lastChild,
     ...document.querySelectorAll('.bt-drops tbody tr td:nth-child(3)'),
-].map(node => Number(node.innerText))"""
+].map(node => Number(node.innerText.replaceAll(',', '')))"""
 
 
 def test_page_of_an_overloaded_site(site: Any, visitor: Callable[..., Any], held: Any) -> None:

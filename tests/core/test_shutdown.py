@@ -366,7 +366,7 @@ class Command(BaseCommand):
 
 def script_thread_that_goes_on() -> None:
     def go_on() -> None:
-        wait_until(lambda: not pools.drainer.accepting)
+        wait_until(lambda: pools.default.build().slots.queue.state is not State.OPEN)
         say(bgtasks.spawn("late", print))
 
     threading.Thread(target=go_on).start()
