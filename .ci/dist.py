@@ -5,10 +5,12 @@ Two builds have to be the same to the byte: anybody can build a release again an
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
 import venv
+import zipfile
 from pathlib import Path
 
 import upgrade
@@ -37,6 +39,14 @@ def build(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
 
 
+def relative_links(wheel: Path) -> list[str]:
+    """Return the links and pictures of the wheel's description that have no address."""
+    with zipfile.ZipFile(wheel) as files:
+        [metadata] = [name for name in files.namelist() if name.endswith(".dist-info/METADATA")]
+        text = files.read(metadata).decode()
+    return re.findall(r'(?:\]\(|src=")(?!https?://)([^)"]*)', text)
+
+
 def main() -> int:
     """Build, compare, check, install and use; return the exit status."""
     shutil.rmtree(DIST, ignore_errors=True)
@@ -48,6 +58,9 @@ def main() -> int:
         files = sorted(DIST.iterdir())
         run(sys.executable, "-m", "twine", "check", "--strict", *files)
         [wheel] = DIST.glob("*.whl")
+        if relative := relative_links(wheel):
+            print("the description has links that lead nowhere:", *relative)
+            return 1
         run("check-wheel-contents", "--toplevel", "bgtasks,pytest_bgtasks", wheel)
         empty = Path(scratch) / "empty"
         venv.create(empty, with_pip=True)

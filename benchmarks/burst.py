@@ -18,7 +18,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,6 +39,11 @@ LABELS = {
     "create-task": "`asyncio.create_task`, `to_thread`",
     "tasks-local": "django-tasks-local, 8 workers",
     "processes-8": "`ProcessPoolExecutor(8)`",
+}
+KINDS = {
+    "hold": "tasks that hold a connection",
+    "cpu": "tasks that compute",
+    "long": "a task that computes for 3 s",
 }
 SERVERS = {
     "uvicorn": ["-m", "uvicorn", "benchmarks.asgi:application", "--log-level=warning", "--port={port}"],
@@ -61,9 +66,7 @@ class Scenario:
     @property
     def name(self) -> str:
         """Return what it is called in the table."""
-        return f"{self.server}, " + (
-            "tasks that hold a connection" if self.kind == "hold" else "tasks that compute"
-        )
+        return f"{self.server}, {KINDS[self.kind]}"
 
 
 QUESTION = "What does a burst of background work do to the requests of a site?"
@@ -124,7 +127,8 @@ def measure(scenario: Scenario, means: str, environment: dict[str, str], log: Pa
     with server(scenario.server, environment, log) as address:
         with processes.probe(f"{address}/page/", RATE, environment, timeout=REQUEST_TIMEOUT) as process:
             visitors = Visitors(process)
-            get(f"{address}/burst/{means}/{scenario.kind}/16/")  # warm
+            warming = "cpu" if scenario.kind == "long" else scenario.kind
+            get(f"{address}/burst/{means}/{warming}/16/")
             wait(address, 16)
             time.sleep(2)
             idle = time.time()
@@ -166,7 +170,8 @@ def main(question: str, scenarios: Sequence[Scenario]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
     if QUICK:
-        scenarios, rounds = [Scenario(each.server, each.kind, 16, each.means[:1]) for each in scenarios], 1
+        scenarios = [replace(each, count=min(each.count, 16), means=each.means[:1]) for each in scenarios]
+        rounds = 1
     result = Result(
         question,
         [
@@ -243,7 +248,7 @@ def report(result: Result, scenario: Scenario, runs: dict[str, list[Run]]) -> No
         result.target(
             f"{scenario.server}: p99 x idle / that of the best peer with 8 threads",
             ratios["bgtasks"] / best,
-            at_most=1.0,
+            at_most=0.4 if scenario.kind == "long" else 1.0,
         )
 
 

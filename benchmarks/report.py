@@ -7,8 +7,15 @@ from typing import Any
 from benchmarks.measure import RESULTS, Result, Target
 
 HERE = Path(__file__).parent
-SCRIPTS = ("burst", "compute", "call", "throughput", "latency", "memory", "startup")
-PLOTS = {"burst": "Latency of requests through a burst", "call": "What a call costs its caller"}
+SCRIPTS = (
+    *("burst", "compute", "long", "overload"),
+    *("call", "throughput", "latency", "memory", "startup", "journal", "page"),
+)
+PLOTS = {
+    "burst": "Latency of requests through a burst",
+    "call": "What a call costs its caller",
+    "overload": "The age of the tasks that a pool runs under overload",
+}
 PLOTTED = {
     "bgtasks": ("bgtasks, 8 slots", "#0b6e4f"),
     "thread": ("a thread each", "#c8553d"),
@@ -73,6 +80,24 @@ def plot_call(rows: list[list[Any]], file: Path) -> None:
     save(figure, file)
 
 
+def plot_overload(series: dict[str, list[tuple[float, float]]], file: Path) -> None:
+    """Draw the age of the tasks that each pool has run, as they started."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    colours = ("#c8553d", "#d99a2b", "#9aa5a1", "#0b6e4f")
+    for (policies, points), colour in zip(series.items(), colours, strict=True):
+        label = policies.replace("`", "")
+        style = ":" if policies == "both" else "-"  # it lies on the line of one of the others
+        axes.plot(*zip(*points, strict=True), style, color=colour, label=label)
+    axes.set_xlabel("seconds of twice the load that can be served")
+    axes.set_ylabel("age of what starts, s")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="lower right", frameon=False, ncols=4)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, file)
+
+
 def save(figure: Any, file: Path) -> None:
     """Write an SVG that is the same for the same figures."""
     import matplotlib as mpl
@@ -110,12 +135,15 @@ def page() -> str:
 def main() -> None:
     """Write the page and the plots."""
     (HERE / "README.md").write_text(page())
-    burst, call = load("burst"), load("call")
+    burst, call, overload = load("burst"), load("call"), load("overload")
     if burst is not None:
         series: Any = burst[0].extra
         plot_latency(series, HERE / "burst.svg")
     if call is not None:
         plot_call([list(row) for row in call[0].rows], HERE / "call.svg")
+    if overload is not None:
+        ages: Any = overload[0].extra
+        plot_overload(ages, HERE / "overload.svg")
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ class Network:
         self.works = True
 
     def inside(self, index: int) -> list[str]:
-        """Return what to put before a command that shall run there."""
+        """Return what to put before a command that is to run there."""
         return ["ip", "netns", "exec", self.names[index]] if self.works else []
 
     def remove(self) -> None:

@@ -58,7 +58,7 @@ def idle() -> None:
         bgtasks.spawn("sync", int)
         bgtasks.spawn("async", atask)
     bgtasks.drain()
-    sleep(0.5)
+    sleep(3.0)  # the threads that watch tasks end meanwhile
     before = switches()
     sleep(IDLE)
     after = switches()

@@ -7,16 +7,16 @@ from django.db import connection, connections
 from django.tasks import task
 
 HOLD_SECONDS = 0.3
-CPU_SECONDS = 0.002
+COMPUTE_SECONDS = {"cpu": 0.002, "long": 3.0}
 
 
 def work(kind: str) -> None:
-    """Hold a connection for a while ("hold"), or compute in pure Python for a while ("cpu")."""
+    """Hold a connection for a while ("hold"), or compute in pure Python ("cpu", "long")."""
     if kind == "hold":
         with connection.cursor() as cursor:
             cursor.execute("SELECT pg_sleep(%s)", [HOLD_SECONDS])
     else:
-        until = time.thread_time() + CPU_SECONDS
+        until = time.thread_time() + COMPUTE_SECONDS[kind]
         while time.thread_time() < until:
             sum(range(100))
 

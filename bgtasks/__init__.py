@@ -1,8 +1,7 @@
 """Fire-and-forget background work for Django that cannot take the site down.
 
-``bgtasks.spawn("send-welcome", send_welcome, user.pk)`` returns at once and never raises under load. The
-process's drainer runs the queued tasks, at most CONN_MAX at a time; a task that finds the queue full is
-dropped, and a warning names it.
+``bgtasks.spawn("send-welcome", send_welcome, user.pk)`` returns at once and never raises under load. At most
+CONN_MAX tasks run at a time; the others wait. A task that finds the queue full is dropped, with a warning.
 """
 
 from bgtasks.monitoring.figures import PoolStats
@@ -31,3 +30,8 @@ __all__ = [
     "stats",
     "using",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names. Modules of the package are attributes too, once they are imported."""
+    return __all__

@@ -21,13 +21,16 @@ from bgtasks.checks import (
     check_greenlets,
     check_handoff,
     check_inline,
+    check_journal,
     check_lifespan,
     check_logging,
+    check_mail,
     check_settings,
     check_sqlite,
 )
 from bgtasks.pools import pools
 from bgtasks.rehearsal import ENVIRONMENT
+from bgtasks.submission import Development
 
 
 class BgtasksConfig(AppConfig):
@@ -42,20 +45,27 @@ class BgtasksConfig(AppConfig):
         A mistake is left to ``manage.py check``, which can show it with its hint, and to the first spawn.
         """
         register(check_settings)
-        register(check_database_pools)  # not Tags.database: it opens no connection, and shall always run
+        register(check_database_pools)  # not Tags.database: it opens no connection, and has to run always
         register(check_handoff)
         register(check_greenlets)
+        register(check_journal)
         register(check_logging)
+        register(check_mail)
         register(check_sqlite)
         register(check_inline, deploy=True)
         register(check_lifespan, deploy=True)
         if django.VERSION >= (6, 0) and settings.is_overridden("TASKS"):
             # It registers the checks of the backends, and maybe nobody else imports it before they run.
             import_module("django.tasks")
+        Development.configure()
         setting_changed.connect(_on_setting_changed, dispatch_uid="bgtasks")
         connection_created.connect(_on_connection_created, dispatch_uid="bgtasks")
         if not any(conf.problems(conf.configured())):
             pools.start()
+            if "gunicorn" in sys.modules:
+                from bgtasks.servers import warn_of_limits
+
+                warn_of_limits(conf.longest_shutdown())
             if folder := os.environ.get(ENVIRONMENT):
                 from bgtasks.rehearsal.probes import take_part
 
@@ -81,8 +91,10 @@ def _destroy_test_db(creation: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _on_setting_changed(*, setting: str, **_kwargs: Any) -> None:
-    if setting == "BGTASKS":
+    if setting in {"BGTASKS", "BGTASKS_JOURNAL"}:
         pools.restart()
+    elif setting == "DEBUG":
+        Development.configure()
     elif setting == "BGTASKS_PROPAGATORS":
         context.forget_propagators()
     elif setting in {"BGTASKS_SNAPSHOT", "CACHES"}:

@@ -21,8 +21,8 @@ STARTUP_COMPLETE = "lifespan.startup.complete"
 SHUTDOWN_COMPLETE = "lifespan.shutdown.complete"
 
 NOT_STARTED = (
-    "the application has failed at its startup (%s): a server that goes on all the same, as uvicorn does, "
-    "will not announce its shutdown, and tasks are lost then"
+    "the application failed at startup (%s): a server that continues anyway, as uvicorn does, "
+    "will not announce its shutdown, and its tasks will be lost"
 )
 
 # Those between startup and shutdown. Without the GIL granian's workers are threads of one process, and
@@ -33,9 +33,9 @@ _started: set[_Lifespan] = set()
 def lifespan(application: Application) -> Application:
     """Wrap an ASGI `application` so that the server's shutdown waits for background tasks.
 
-    A startup opens the pools again if there was a shutdown before. An application that knows the lifespan
-    protocol (Starlette) goes on getting it, and the server hears what it answers and raises. For one that
-    does not, as Django up to 6.1, the wrapper answers.
+    A startup opens the pools again if there was a shutdown before. If the application supports
+    the lifespan protocol (Starlette), it still receives it, and its answers and exceptions are passed on to
+    the server. If it does not, as Django up to 6.1, the wrapper answers.
 
     >>> application = bgtasks.asgi.lifespan(get_asgi_application())
     """

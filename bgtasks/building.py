@@ -17,7 +17,6 @@ from bgtasks.core.queue import TaskQueue
 from bgtasks.core.shutdown import Shutdown
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Hooks
-from bgtasks.drops import DropLog
 from bgtasks.exceptions import PoolDoesNotExist
 
 
@@ -26,7 +25,6 @@ class Built(NamedTuple):
 
     slots: Slots
     shutdown: Shutdown
-    drops: DropLog
     mode: str
     options: Options | None = None  # of each task, if there are any
 
@@ -59,8 +57,7 @@ def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
         shutdown_timeout=config.shutdown_timeout,
         notify=drainer.notify,
     )
-    drops = DropLog(queue, drainer.loop.call_later)
-    return Built(slots, Shutdown(slots, drainer), drops, config.mode, _options(config))
+    return Built(slots, Shutdown(slots, drainer), config.mode, _options(config))
 
 
 def _options(config: conf.PoolConfig) -> Options | None:

@@ -1,9 +1,12 @@
-"""System checks of the settings. Every id is documented in the README."""
+"""System checks of the settings. Every id is documented in docs/checks.md."""
 
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any, cast
+from warnings import catch_warnings
 
 import django
 from django.conf import settings
@@ -15,6 +18,7 @@ from django.utils.module_loading import import_string
 from bgtasks import conf, propagators
 from bgtasks.core.log import enabled, logger
 from bgtasks.greenlets import NO_GREENLETS, NO_LOOP, patched
+from bgtasks.monitoring import journal, journal_file
 
 # Backends in TASKS that no worker of another process takes tasks from, and what they do instead.
 NO_ENGINES = {
@@ -29,8 +33,8 @@ PSYCOPG_POOL_SIZE = 4  # of psycopg_pool when neither min_size nor max_size is g
 def check_settings(**_kwargs: Any) -> list[checks.CheckMessage]:
     """Report every mistake in the settings.
 
-    They are BGTASKS (bgtasks.E001 to E008), BGTASKS_SNAPSHOT (E020 to E023) and BGTASKS_PROPAGATORS (E030 to
-    E033).
+    They are BGTASKS (bgtasks.E001 to E008), BGTASKS_SNAPSHOT (E020 to E023), BGTASKS_PROPAGATORS (E030 to
+    E033) and BGTASKS_JOURNAL (E070 to E072).
     """
     return [
         checks.Error(problem.message, hint=problem.hint, id=problem.id)
@@ -38,8 +42,36 @@ def check_settings(**_kwargs: Any) -> list[checks.CheckMessage]:
             *conf.problems(conf.configured()),
             *conf.snapshot_problems(getattr(settings, "BGTASKS_SNAPSHOT", None)),
             *propagators.problems(getattr(settings, "BGTASKS_PROPAGATORS", ())),
+            *journal.problems(getattr(settings, "BGTASKS_JOURNAL", None)),
         )
     ]
+
+
+def check_mail(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Report mistakes in how mails are sent (bgtasks.E060 to E064), and no time-out (bgtasks.W060)."""
+    options, mailers = getattr(settings, "BGTASKS_MAIL", None), getattr(settings, "MAILERS", None)
+    is_used = options is not None or mailers is not None or settings.is_overridden("EMAIL_BACKEND")
+    if not is_used or any(conf.problems(conf.configured())):
+        return []
+    from bgtasks import mail  # a start without it does not need Django's mail
+
+    errors: list[checks.CheckMessage] = [
+        checks.Error(problem.message, hint=problem.hint, id=problem.id)
+        for problem in (
+            *mail.problems({} if options is None else options),
+            *mail.mailers_problems(mailers),
+        )
+    ]
+    with catch_warnings(action="ignore"):  # of Django 6.1, about EMAIL_BACKEND
+        return errors or [
+            checks.Warning(
+                "bgtasks.mail.EmailBackend delivers by SMTP without a time-out.",
+                hint=f"Set {where} to some seconds. A mail server that accepts a connection but never "
+                "responds blocks a slot forever.",
+                id="bgtasks.W060",
+            )
+            for where in mail.without_timeout()
+        ]
 
 
 def check_handoff(**_kwargs: Any) -> list[checks.CheckMessage]:
@@ -67,7 +99,7 @@ def _engine_problems(where: str, alias: str) -> list[checks.CheckMessage]:
     if django.VERSION < (6, 0):
         return [
             checks.Error(
-                f"{where} needs django.tasks, which Django has from 6.0 on.",
+                f"{where} needs django.tasks, which came with Django 6.0.",
                 hint="Upgrade Django, or remove HANDOFF_TO: tasks run in this process only.",
                 id="bgtasks.E014",
             )
@@ -86,7 +118,7 @@ def _engine_problems(where: str, alias: str) -> list[checks.CheckMessage]:
         return []
     return [
         checks.Error(
-            f"{where} is {alias!r}, whose backend {backend} is no engine: it {NO_ENGINES[backend]}.",
+            f"{where} is {alias!r}, whose backend {backend} is not an engine: it {NO_ENGINES[backend]}.",
             hint="Name the alias of an engine with workers of its own, such as django-tasks-db.",
             id="bgtasks.E016",
         )
@@ -156,10 +188,30 @@ def check_greenlets(**_kwargs: Any) -> list[checks.CheckMessage]:
         return [
             checks.Error(
                 f"{NO_GREENLETS}: every task is dropped.",
-                hint="Use a server with threads, asyncio or gevent: eventlet is not developed any more.",
+                hint="Use a server with threads, asyncio or gevent: eventlet is no longer developed.",
                 id="bgtasks.E040",
             )
         ]
+    return []
+
+
+def check_journal(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn if the journal cannot be written: no folder (bgtasks.W070), not ours (W071), no locks (W072)."""
+    value = getattr(settings, "BGTASKS_JOURNAL", None)
+    if value is None or any(journal.problems(value)):
+        return []
+    where, folder = 'BGTASKS_JOURNAL["DIR"]', Path(value["DIR"])
+    hint = "Lost tasks of killed processes will not be reported. "
+    if not journal_file.HAS_LOCKS:
+        message, ending = "The journal needs file locks of Python's fcntl.", "Set it to None."
+        return [checks.Warning(message, hint=hint + ending, id="bgtasks.W072")]
+    if not folder.is_dir():
+        message, ending = f"{where} is {str(folder)!r}, which is no folder.", "Create it."
+        return [checks.Warning(message, hint=hint + ending, id="bgtasks.W070")]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        message = f"{where} is {str(folder)!r}, in which this process may not write."
+        ending = "Make it writable for the user that runs the server."
+        return [checks.Warning(message, hint=hint + ending, id="bgtasks.W071")]
     return []
 
 
@@ -172,11 +224,11 @@ def check_sqlite(**_kwargs: Any) -> list[checks.CheckMessage]:
         return []
     return [
         checks.Warning(
-            f"The database {alias!r} is SQLite, and tasks that run at once fail there with 'database is "
-            "locked': each that reads and then writes in a transaction, while another one writes.",
+            f"The database {alias!r} is SQLite. A transaction that reads and then writes fails there with "
+            "'database is locked' if another task has written in between.",
             hint=(
-                f'Write into DATABASES[{alias!r}]["OPTIONS"]: '
-                '"transaction_mode": "IMMEDIATE", "timeout": 20. Or set CONN_MAX to 1.'
+                f'Write DATABASES["{alias}"]["OPTIONS"] = {{"transaction_mode": "IMMEDIATE", "timeout": 20}} '
+                "after DATABASES. Or set CONN_MAX to 1."
             ),
             id="bgtasks.W005",
         )

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeGuard
 
 from django.conf import settings
 
+from bgtasks.core.log import encodable
 from bgtasks.exceptions import InvalidSettings
 
 OVERFLOW, ALWAYS = "overflow", "always"  # HANDOFF_WHEN
@@ -45,7 +46,7 @@ class PoolConfig(NamedTuple):
         capacity: Tasks that may wait.
         conn_max: Tasks that may run at once, and connections they may hold per database alias.
         task_timeout: Seconds after which an asynchronous task is cancelled, and a plain function reported.
-        shutdown_timeout: Seconds that accepted tasks have to end once the process shuts down.
+        shutdown_timeout: Seconds that accepted tasks have to finish when the process shuts down.
         expires: Seconds that a task may wait before it is too old to run.
         on_full: ``"drop_newest"``, or ``"drop_oldest"`` to give up the oldest waiting task for a new one.
         retries: How often a task that has failed is tried again.
@@ -69,10 +70,10 @@ class PoolConfig(NamedTuple):
 
 
 class SnapshotConfig(NamedTuple):
-    """The setting BGTASKS_SNAPSHOT: how a process tells the others of its site what it does.
+    """The setting BGTASKS_SNAPSHOT: how a process publishes its figures for the other processes.
 
     Attributes:
-        interval: Seconds between two snapshots while tasks come and go.
+        interval: Seconds between two snapshots while tasks are spawned or run.
         cache: Alias in CACHES of the cache they are published in.
     """
 
@@ -126,6 +127,16 @@ def pool_config(name: str) -> PoolConfig | None:
     return _configs().get(name)
 
 
+def longest_shutdown() -> float:
+    """Return the longest SHUTDOWN_TIMEOUT of the pools that have a queue, in seconds.
+
+    Raises:
+        InvalidSettings: BGTASKS has a mistake.
+    """
+    queued = [config for config in _configs().values() if config.mode != INLINE]
+    return max((config.shutdown_timeout for config in queued), default=0)
+
+
 def handoff_aliases() -> list[str]:
     """Return the aliases of the engines that pools hand off to, as far as their mistakes let it tell."""
     pools = configured()
@@ -169,10 +180,10 @@ def problems(pools: Any) -> Iterator[Problem]:
         )
         return
     for name, options in pools.items():
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or encodable(name) != name:
             yield Problem(
                 "bgtasks.E002",
-                f"BGTASKS has the pool name {name!r}, which is not a non-empty string.",
+                f"BGTASKS has the pool name {name!r}, which is no non-empty Unicode string.",
                 'Name the pool by a string, such as "email".',
             )
         elif not _is_mapping(options):

@@ -14,8 +14,8 @@ from django.urls import get_script_prefix, get_urlconf, set_script_prefix, set_u
 from django.utils import timezone, translation
 
 from bgtasks import propagators, shortcuts
-from bgtasks.core.log import log
 from bgtasks.propagators import Carried, Propagator
+from bgtasks.repeats import report
 
 LOCAL = "asgiref.local"  # the name of the context variable of each Local
 
@@ -187,5 +187,5 @@ def _forked(name: str, value: Any) -> Any:
     try:
         return getattr(value, method)()
     except Exception as error:
-        log(logging.ERROR, "the context variable %r could not be copied for a task", name, error=error)
+        report(logging.ERROR, "the context variable %r could not be copied for a task", name, error)
         return value

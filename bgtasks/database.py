@@ -15,8 +15,8 @@ from django.db.backends.dummy.base import DatabaseWrapper as DummyWrapper
 from django.utils.functional import cached_property
 
 from bgtasks import shortcuts
-from bgtasks.core.log import log
 from bgtasks.core.task import current_task
+from bgtasks.repeats import report
 
 # Attributes of a connection that Django itself writes: in all backends, and in one of them when it is in use.
 DJANGOS_OWN = vars(DummyWrapper({})).keys() | {
@@ -41,7 +41,7 @@ def close() -> None:
                 # the data. Those of a test are kept by the connection of the thread that runs it.
                 BaseDatabaseWrapper.close(connection)
         except Exception as error:
-            log(logging.ERROR, "connection %r could not be closed", connection.alias, error=error)
+            report(logging.ERROR, "connection %r could not be closed", connection.alias, error)
 
 
 def clean() -> None:
@@ -58,13 +58,13 @@ def clean() -> None:
             if connection.in_atomic_block or _is_in_transaction(connection):
                 _discard(connection)
                 message = "a task has left connection %r in a transaction, which is rolled back"
-                log(logging.WARNING, message, connection.alias)
+                report(logging.WARNING, message, connection.alias)
                 continue
             connection.close_if_unusable_or_obsolete()
             if _is_changed(connection):
                 _discard(connection)
         except Exception as error:
-            log(logging.ERROR, "connection %r could not be reset", connection.alias, error=error)
+            report(logging.ERROR, "connection %r could not be reset", connection.alias, error)
             with contextlib.suppress(Exception):
                 connection.close()  # or its pool would miss it for ever
             del connections[connection.alias]

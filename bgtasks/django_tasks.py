@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
+from time import time
 from typing import Any
 
 
@@ -12,6 +14,11 @@ def is_task(value: object) -> bool:
     tasks: Any = sys.modules.get("django.tasks.base")
     # By its type: an object that is no task may raise when it is asked for its class.
     return tasks is not None and issubclass(type(value), tasks.Task)
+
+
+def seconds_until(run_after: datetime | None) -> float:
+    """Return in how many seconds a task may run; 0.0 or less if it may at once."""
+    return 0.0 if run_after is None else run_after.timestamp() - time()
 
 
 def call_with_context(task: Any, /, *args: Any, **kwargs: Any) -> Any:

@@ -19,9 +19,16 @@ class InvalidSettings(ImproperlyConfigured):
 class TaskDropped(Exception):  # noqa: N818  # an outcome, not a mistake
     """The error of a ``django.tasks`` task that its pool did not accept, or gave up before it had run.
 
-    It is never raised: ``enqueue`` returns a result that says FAILED, and has this in its ``errors``.
+    It is never raised: ``enqueue`` returns a result with the status FAILED and this error in its ``errors``.
+    """
+
+
+class TemporaryMailError(Exception):
+    """A mail could not be delivered yet: the mail server could not be reached, or reported a temporary error.
+
+    A task of ``bgtasks.mail`` that raises it is tried again. Its cause is the mail backend's exception.
     """
 
 
 class PayloadError(Exception):
-    """A worker of the engine was given a function that it must not, or cannot, run. The message says why."""
+    """A worker of the engine got a function that it must not, or cannot, run. The message says why."""

@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import threading
 from functools import partial
-from time import monotonic, sleep
+from time import sleep
 
 from bgtasks import shortcuts
 from bgtasks.child import end_child
+from bgtasks.clock import monotonic
 from bgtasks.core import drainer as drainers
 from bgtasks.core.drainer import Drainer, join
 from bgtasks.core.slots import Slots
@@ -65,7 +66,7 @@ class Forks:
     def after_fork_in_parent(self) -> None:
         """Let the next spawn start the threads again, or have them started now if tasks wait."""
         drainer, held = self._drainer, self._held
-        # A signal handler may have raised in the middle of `before_fork`: Python forks all the same.
+        # A signal handler may have raised in the middle of `before_fork`: Python still forks.
         with contextlib.suppress(RuntimeError):
             for pool in held:
                 pool.queue.lock.release()

@@ -54,7 +54,7 @@ class Helpers(ThreadPoolExecutor):
     def _start(self) -> None:
         thread = Thread(target=self._main, name=f"bgtasks-helper_{len(self._helpers)}", daemon=True)
         try:
-            # It shall not inherit the context of the first task.
+            # It must not inherit the context of the first task.
             Context().run(thread.start)
         except RuntimeError:
             if not self._helpers:

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from contextvars import Context
 from functools import partial
-from time import monotonic, time
-from typing import Any, ClassVar, NamedTuple, ParamSpec, Protocol, TypeVar
+from time import time
+from typing import Any, ParamSpec, TypeVar
 
 from django.core.cache import caches
 from django.core.exceptions import ObjectDoesNotExist
+from django.db import OperationalError
 from django.dispatch import Signal
 
 from bgtasks import context as task_context
-from bgtasks import database, propagators, shortcuts
+from bgtasks import database, propagators, shortcuts, tracing
+from bgtasks.clock import monotonic
 from bgtasks.core.figures import DropReason, Outcome, ShedReason
-from bgtasks.core.log import enabled, escaped, log
+from bgtasks.core.log import enabled, encodable, escaped, log
+from bgtasks.core.policy import NO_POLICY
 from bgtasks.core.task import Hooks, Task
 from bgtasks.exceptions import TaskDropped
+from bgtasks.recent import MESSAGE_MAX, Failure, Recent
+from bgtasks.repeats import repeats, report
 from bgtasks.signals import task_dropped, task_finished, task_shed, task_spawned, task_started
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-LAST = 20  # failures and drops of a pool that are kept to be looked at
 OWN_PACKAGE = "bgtasks.core."  # the frames by which a task is called
+SQLITE_LOCKED = re.compile("database( table| schema)? is locked")
 FRAMES = 30  # the innermost frames of a traceback that are kept of each exception in it
 TEXT_MAX = 4000  # characters of a traceback that are kept: the end of it, which says what happened
 
@@ -39,30 +44,11 @@ NOT_RUN = frozenset(
 )  # outcomes of which a task does not know itself
 
 
-class Tracer(Protocol):
-    """Who follows each task from its spawn to its end. It may raise: that is logged."""
-
-    def spawn(self, pool: str, task: Task, submit: Callable[[], bool]) -> bool:
-        """Call `submit` and return what it returns. The task's context may be written to before that."""
-        ...
-
-    def refused(self, pool: str, name: str) -> None:
-        """Hear that a task called `name` was not even made: the pool is full."""
-        ...
-
-    def started(self, pool: str, task: Task) -> None:
-        """Hear that `task` starts. Called in the task's context."""
-        ...
-
-    def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
-        """Hear that `task` has ended. Called in the task's context if it has run to its end."""
-        ...
-
-
 class Recorded(ABC):
     """A task's function that keeps a record of its own, as those of ``django.tasks`` do.
 
-    It has logged by itself what it raises. Of an end that it does not see, it is told.
+    It has logged by itself what it raises, or that it failed, once it has. Of an end that it does not see, it
+    is told.
     """
 
     @abstractmethod
@@ -70,8 +56,16 @@ class Recorded(ABC):
         """Run the task, or return its coroutine."""
 
     @abstractmethod
-    def finished(self, outcome: Outcome) -> None:
-        """Hear that the task was cancelled, shed or handed off."""
+    def dropped(self, why: str) -> None:
+        """Hear that the task was not accepted, and `why`."""
+
+    @abstractmethod
+    def finished(self, outcome: Outcome, why: str) -> None:
+        """Hear that the task was cancelled, handed off, or shed, and `why` it was shed."""
+
+    @abstractmethod
+    def failed(self, error: BaseException) -> None:
+        """Hear that the task has failed for good. It may have recorded that itself."""
 
     @abstractmethod
     def description(self) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -80,34 +74,6 @@ class Recorded(ABC):
     @abstractmethod
     def sent(self, alias: str, result_id: str) -> None:
         """Hear under what id the engine knows the task, if it is handed off."""
-
-
-class Failure(NamedTuple):
-    """One of the last tasks that raised. It holds text only, nothing of the task itself."""
-
-    at: float  # seconds since the epoch
-    name: str
-    outcome: str
-    error: str  # the type
-    traceback: str  # without the values of variables
-    wait_s: float
-    run_s: float
-
-
-class Drop(NamedTuple):
-    """One of the last tasks that were not accepted."""
-
-    at: float  # seconds since the epoch
-    name: str
-    reason: str
-
-
-class Recent:
-    """The last failures and drops of one pool, to be looked at. To append to a deque needs no lock."""
-
-    def __init__(self) -> None:
-        self.failures: deque[Failure] = deque(maxlen=LAST)
-        self.drops: deque[Drop] = deque(maxlen=LAST)
 
 
 def traceback_text(error: BaseException) -> str:
@@ -119,16 +85,30 @@ def traceback_text(error: BaseException) -> str:
         lines = traceback.TracebackException(
             type(error), error, trace or error.__traceback__, limit=-FRAMES, compact=True
         ).format()
-        text = "".join(lines).rstrip()
+        text = encodable("".join(lines).rstrip())
     except BaseException as other:
         text = f"{type(error).__name__} (its traceback raised {type(other).__name__})"
     return text if len(text) <= TEXT_MAX else "[...]\n" + text[-TEXT_MAX:]
 
 
+def message_of(error: BaseException) -> str:
+    """Return what `error` says, bounded. Never raises."""
+    try:
+        return encodable(str(error))[:MESSAGE_MAX]
+    except BaseException:
+        return ""
+
+
+def place_of(error: BaseException) -> str:
+    """Return the file and the line that have raised `error`; "" if it has no traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else encodable(f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}")
+
+
 class DjangoHooks(Hooks):
     """The hooks of one pool."""
-
-    tracer: ClassVar[Tracer | None] = None  # of all pools
 
     def __init__(self, sender: object) -> None:
         self._sender = sender  # of the signals
@@ -163,7 +143,12 @@ class DjangoHooks(Hooks):
             try:
                 cache.close()
             except BaseException as error:
-                log(logging.ERROR, "a cache could not be closed after a task", error=error)
+                report(
+                    logging.ERROR,
+                    "the cache %r could not be closed after a task",
+                    type(cache).__name__,
+                    error,
+                )
 
     def slot_context(self, slot: Executor) -> Callable[[], AbstractContextManager[None]]:
         """Return what makes the contexts in which `slot` has the thread-sensitive calls of its tasks."""
@@ -185,7 +170,7 @@ class DjangoHooks(Hooks):
 
     def watched(self) -> bool:
         """Tell whether ``task_started`` or ``task_finished`` has a receiver, or tasks are traced."""
-        return bool(task_started.receivers or task_finished.receivers or self.tracer)
+        return bool(task_started.receivers or task_finished.receivers or tracing.tracers)
 
     def spawned(self, name: str) -> None:
         """Send ``task_spawned``."""
@@ -194,61 +179,70 @@ class DjangoHooks(Hooks):
     def dropped(self, name: str, reason: DropReason) -> None:
         """Send ``task_dropped``, and keep the drop among the last ones."""
         why = reason.value
-        self.recent.drops.append(Drop(time(), name, why))
+        self.recent.add_drop(name, why)
         if task_dropped.receivers:
             self._send(task_dropped, name=name, reason=why)
 
     def started(self, task: Task) -> None:
         """Send ``task_started``."""
-        if self.tracer is not None:
-            self._trace(self.tracer.started, self._name, task)
+        tracing.started(self._name, task)
         self._send(task_started, name=task.name)
 
     def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
         """Send ``task_finished``, and tell a task that was not run to its end, if it wants to know."""
-        self._tell_recorded(task, outcome)
+        if outcome in NOT_RUN:
+            self._tell_recorded(task, outcome)
         self._send(task_finished, name=task.name, outcome=outcome.label, error=error)
-        if self.tracer is not None:
-            self._trace(self.tracer.finished, task, outcome, error)
+        tracing.finished(task, outcome, error)
 
-    def _tell_recorded(self, task: Task, outcome: Outcome) -> None:
-        if outcome not in NOT_RUN or not isinstance(task.function, Recorded):
+    def tried(self, task: Task, error: BaseException | None) -> None:
+        """Tell the tracers that a try of `task` has failed."""
+        tracing.retried(task, error)
+
+    def _tell_recorded(
+        self, task: Task, outcome: Outcome, error: BaseException | None = None, why: str = ""
+    ) -> None:
+        # The task's own function may be the coroutine that it has returned.
+        function = task.function if task.policy is NO_POLICY else task.policy.function
+        if not isinstance(function, Recorded):
             return
         try:
-            task.function.finished(outcome)
+            if error is None:
+                function.finished(outcome, why)
+            else:
+                function.failed(error)
         except BaseException as problem:
-            log(logging.ERROR, "the end of task %r could not be recorded", task.name, error=problem)
+            report(logging.ERROR, "the end of task %r could not be recorded", task.name, problem)
 
     def shed(self, task: Task, reason: ShedReason) -> None:
         """Tell the listeners that a waiting `task` was given up: shed, or failed if it was tried before."""
+        self._tell_recorded(task, Outcome.SHED, why=reason.value)
         if task.outcome is not Outcome.SHED:
             why = f"was to be tried again, and was shed instead: {reason.value}"
             error = TaskDropped(f"task {task.name!r} {why}")
             self.ended(task, Outcome.FAILED, error, 0)
             self.finished(task, Outcome.FAILED, error)
             return
-        self._tell_recorded(task, Outcome.SHED)
         self._send(task_shed, name=task.name, reason=reason.value)
-        if self.tracer is not None:
-            self._trace(self.tracer.finished, task, Outcome.SHED, None)
+        tracing.shed(self._name, task)
 
     def retried(  # noqa: PLR0917
         self, task: Task, tries: int, error: BaseException | None, delay: float, refusal: str | None
     ) -> None:
-        """Log that `task` has failed and waits for another try, or why it does not."""
+        """Log that `task` has failed and waits for another try, or why it does not, but not too often."""
         kind = "" if error is None else escaped(type(error).__name__)
         if refusal is None:
             message = "try %d of task %r of pool %r has failed (%s); it is tried again in %.1f s"
-            log(logging.WARNING, message, tries, task.name, self._name, kind, delay)
+            args: tuple[object, ...] = (tries, task.name, self._name, kind, delay)
+            more = "a try of task %r of pool %r failed again (%d more): %s"
         else:
             message = "task %r of pool %r has failed (%s), and is not tried again: %s"
-            log(logging.WARNING, message, task.name, self._name, kind, refusal)
-
-    def _trace(self, step: Callable[..., None], *args: object) -> None:
-        try:
-            step(*args)
-        except BaseException as error:
-            log(logging.ERROR, "a task could not be traced", error=error)
+            args = (task.name, self._name, kind, refusal)
+            more = "task %r of pool %r failed again (%d more), and is not tried again: %s"
+        sort = "retried" if refusal is None else "not retried"
+        again = partial(_log_more, logging.WARNING, more, self._name, (kind,))
+        is_first = repeats.is_first((sort, task.name, self._name, kind), again)
+        log(logging.WARNING if is_first else logging.DEBUG, message, *args)
 
     def _send(self, signal: Signal, **named: Any) -> None:
         if not signal.receivers:
@@ -257,17 +251,23 @@ class DjangoHooks(Hooks):
             signal.send_robust(sender=self._sender, **named)
         except BaseException as error:
             # send_robust lets a SystemExit pass, and cannot run an async receiver beside a running loop.
-            log(logging.ERROR, "a receiver could not be called", error=error)
+            report(logging.ERROR, "a receiver could not be called for task %r", named["name"], error)
 
     def ended(self, task: Task, outcome: Outcome, error: BaseException | None, waiting: int) -> None:
-        """Log how `task` ended: at DEBUG, or at ERROR with what it raised, which is kept as text as well."""
+        """Log how `task` ended: at DEBUG, or at ERROR with what it raised, which is kept as text as well.
+
+        Of failures at the same place, the first is logged at ERROR, and the others at DEBUG.
+        """
         if error is None and not enabled(logging.DEBUG):
             return
         if error is not None:
             self._keep(task, outcome, error)
+            self._tell_recorded(task, outcome, error)
         # A task of django.tasks has logged by itself what it raised.
-        logged = error is None or isinstance(task.function, Recorded)
-        level = logging.DEBUG if logged else logging.ERROR
+        logged = isinstance(task.function, Recorded)
+        level = logging.DEBUG
+        if error is not None and not logged and self._is_first(task, outcome, error):
+            level = logging.ERROR
         if not enabled(level):
             return
         extra = {
@@ -282,24 +282,49 @@ class DjangoHooks(Hooks):
         if error is None:
             log(level, "task %r of pool %r %s", task.name, self._name, how, extra=extra)
         else:
-            what = escaped(type(error).__name__) + _hint(error)
+            what = escaped(type(error).__name__) + _hint(error, task)
             log(
                 level, "task %r of pool %r %s: %s", task.name, self._name, how, what, error=error, extra=extra
             )
 
+    def _is_first(self, task: Task, outcome: Outcome, error: BaseException) -> bool:
+        """Tell whether no task of this name has failed at the same place for a while. If not, count it."""
+        how, kind, place = outcome.label, escaped(type(error).__name__), place_of(error)
+        more = f"task %r of pool %r {how.replace('_', ' ')} again (%d more): %s, raised in %s"
+        again = partial(_log_more, logging.ERROR, more, self._name, (kind, escaped(place)), outcome=how)
+        return repeats.is_first((how, task.name, self._name, kind, place), again)
+
     def _keep(self, task: Task, outcome: Outcome, error: BaseException) -> None:
         waited, ran = task.started_at - task.spawned_at, monotonic() - task.started_at
-        kind = type(error).__name__
-        self.recent.failures.append(
-            Failure(time(), task.name, outcome.label, kind, traceback_text(error), waited, ran)
+        message, where, trace = message_of(error), place_of(error), traceback_text(error)
+        kind = encodable(type(error).__name__)
+        self.recent.add_failure(
+            Failure(time(), task.name, outcome.label, kind, message, where, trace, waited, ran)
         )
 
 
-def _hint(error: BaseException) -> str:
+def _log_more(  # noqa: PLR0917  # it is made with all but the last two
+    level: int, message: str, pool: str, args: tuple[object, ...], name: str, count: int, **fields: object
+) -> None:
+    """Log how many were left out of a kind of record. See ``Repeats.is_first``."""
+    extra = {"task": name, "pool": pool, "count": count, **fields}
+    log(level, message, name, pool, count, *args, extra=extra)
+
+
+def _hint(error: BaseException, task: Task) -> str:
     """Return what the likeliest mistake behind `error` is, or ""."""
     if issubclass(type(error), ObjectDoesNotExist):
         return (
             " (a task does not see what a transaction has not committed yet; "
-            "inside a transaction, use spawn_on_commit)"
+            "inside a transaction, use spawn_on_commit, and in a TestCase bgtasks.testing.inline)"
         )
+    if issubclass(type(error), OperationalError) and SQLITE_LOCKED.match(message_of(error)):
+        return (
+            " (SQLite has one writer at a time: for more than one slot, manage.py check says what to set; "
+            "in a TestCase, use bgtasks.testing.inline)"
+        )
+    if type(error) is TypeError and place_of(error).rpartition(":")[0] == Task.call.__code__.co_filename:
+        function: Any = task.function
+        name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
+        return f" ({escaped(name)} cannot be called with the arguments of the spawn)"
     return ""

@@ -8,12 +8,12 @@ from collections.abc import Coroutine
 from concurrent.futures import Executor, Future
 from contextvars import Context
 from threading import Thread
-from time import monotonic
 from typing import Any
 
 from asgiref.current_thread_executor import CurrentThreadExecutor
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext, sync_to_async
 
+from bgtasks.clock import monotonic
 from bgtasks.context import fill, fork
 from bgtasks.core.figures import Outcome
 from bgtasks.core.queue import TaskQueue
@@ -40,7 +40,7 @@ def _try(hooks: Hooks, task: Task) -> bool:
     try:
         _run(hooks, task)
     except BaseException as error:
-        if task.policy is None or not _tries_again(task, error):
+        if not _tries_again(task, error):
             raise
         task.policy.tries += 1
         hooks.retried(task, task.policy.tries, error, 0.0, None)
@@ -49,19 +49,17 @@ def _try(hooks: Hooks, task: Task) -> bool:
 
 
 def _tries_again(task: Task, error: BaseException | None) -> bool:
-    if task.policy is None or error is None:
-        return False
-    return task.policy.delay_after(Outcome.FAILED, error, task.started_at) is not None
+    return error is not None and task.policy.delay_after(Outcome.FAILED, error, task.started_at) is not None
 
 
 def _run(hooks: Hooks, task: Task) -> None:
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        if not task.asynchronous:
-            task.context.run(fork)
-            task.context.run(_call, hooks, task)
-            return
+    loop = _running_loop()
+    if loop is None and not task.asynchronous:
+        context = task.context.copy()  # of each try
+        context.run(fork)
+        context.run(_call, hooks, task)
+        return
+    if loop is None:
         # The loop runs on another thread, and its ORM calls on this one, which serves them meanwhile.
         here = CurrentThreadExecutor(getattr(AsyncToSync.executors, "current", None))
         thread, ended = _start(hooks, task, here)
@@ -73,6 +71,13 @@ def _run(hooks: Hooks, task: Task) -> None:
         thread, ended = _start(hooks, task, _executor_of_caller(loop))
     thread.join()
     ended.result()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _call(hooks: Hooks, task: Task) -> None:
@@ -93,7 +98,9 @@ def _call(hooks: Hooks, task: Task) -> None:
         error = exception
         raise
     finally:
-        if told and not _tries_again(task, error):
+        if told and _tries_again(task, error):
+            hooks.tried(task, error)
+        elif told:
             hooks.finished(task, Outcome.SUCCEEDED if error is None else Outcome.FAILED, error)
         del error  # its traceback refers to this frame, and this frame to it
 
@@ -154,7 +161,9 @@ async def _tell_and_await(hooks: Hooks, task: Task) -> None:
         error = exception
         raise
     finally:
-        if told and not _tries_again(task, error):
+        if told and _tries_again(task, error):
+            await sync_to_async(hooks.tried)(task, error)
+        elif told:
             outcome = Outcome.SUCCEEDED if error is None else Outcome.FAILED
             await sync_to_async(hooks.finished)(task, outcome, error)
         del error
@@ -162,7 +171,7 @@ async def _tell_and_await(hooks: Hooks, task: Task) -> None:
 
 def _refuse_generator(task: Task, result: object) -> None:
     if type(result) in GENERATORS:
-        raise TypeError(f"task {task.name!r} returned a generator, of which nothing has run")
+        raise TypeError(f"task {task.name!r} returned a generator; its body would never run")
 
 
 def _executor_of_caller(loop: asyncio.AbstractEventLoop) -> Executor:

@@ -1,4 +1,4 @@
-"""A model without a table: it gives the page in the admin its place and its two permissions."""
+"""A model without a table: it gives the page in the admin its place and its permissions."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class BackgroundTasks(models.Model):
         permissions: ClassVar = [
             ("view_background_tasks", "Can view background tasks"),
             ("pause_pools", "Can pause and resume pools of background tasks"),
+            ("cancel_waiting_tasks", "Can cancel waiting background tasks"),
         ]
         verbose_name = "pool of background tasks"
         verbose_name_plural = "background tasks"

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
-from bgtasks import conf
+from bgtasks import conf, drops, tracing
 from bgtasks.building import Built, build
 from bgtasks.context import FAILED
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.figures import DropReason, Outcome, ShedReason
 from bgtasks.core.places import State
-from bgtasks.core.policy import Options
+from bgtasks.core.policy import NO_POLICY, Options
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
-from bgtasks.hooks import DjangoHooks
+from bgtasks.hooks import DjangoHooks, Recorded
 from bgtasks.monitoring.figures import PoolStats, read_stats
 from bgtasks.process import lifespan
 from bgtasks.signals import task_spawned
 from bgtasks.spawning import Spawning, Using, check_options, policy_for
+from bgtasks.submission import make_task
 from bgtasks.waiting import Waitable
 
 
@@ -32,8 +32,8 @@ class Diverted(NamedTuple):
 class Pool(Waitable, Spawning):
     """One queue and its slots, under one name.
 
-    A pool is a handle that stays the same for the life of the process. What it stands for is built from
-    BGTASKS when it is first used, and anew in a forked child and after the setting was overridden.
+    The object stays the same until the process ends. Its queue and slots are built from BGTASKS when it is
+    first used, and again in a forked child and after the setting was overridden.
 
     >>> email = bgtasks.pools["email"]
     >>> email.spawn("send-welcome", send_welcome, user.pk)
@@ -44,6 +44,8 @@ class Pool(Waitable, Spawning):
         self, name: str, drainer: Drainer, diverted: Callable[[], Diverted | None] = lambda: None
     ) -> None:
         super().__init__(drainer)
+        self.make = make_task
+        self.is_diverted = False
         self._diverted = diverted  # says where the tasks of all pools go
         self.name = name
         self.hooks = DjangoHooks(self)
@@ -72,18 +74,26 @@ class Pool(Waitable, Spawning):
         retry_on: type[BaseException] | tuple[type[BaseException], ...] | None = None,
         database: str | None = None,
     ) -> Using:
-        """Return the pool with options for what is spawned through it: ``using(expires=60).spawn(...)``.
+        """Return the pool with options for the tasks that are spawned through it.
 
-        What is left out is as the pool's settings say.
+        The result has ``spawn``, ``spawn_on_commit`` and ``aspawn_on_commit``. You can keep it and reuse it.
+        If an option is left out, or None, the pool's settings apply.
+
+        >>> bgtasks.using(expires=60, retries=3).spawn("send-welcome", send_welcome, user.pk)
+        True
 
         Args:
-            expires: Seconds that a task may wait; one that is older is not run.
+            expires: Seconds that a task may wait, above 0; one that is older is not run.
             key: If a task of the same name and key waits, the new one takes its place in the queue.
-            retries: How often a task that has failed is tried again.
-            retry_delay: Seconds before that, doubled with each try, up to 60.
-            retry_on: What a task must have raised to be tried again: ``Exception`` by default. One that has
-                timed out counts as TimeoutError.
-            database: Alias of the one whose commit ``spawn_on_commit`` waits for.
+            retries: How often a failed task is tried again, 0 or more.
+            retry_delay: Seconds before the first of these tries, 0 or more; doubled with each, up to 60. Each
+                delay is up to a quarter longer or shorter, at random.
+            retry_on: Exception classes after which a task is tried again: ``Exception`` by default. A
+                time-out counts as TimeoutError.
+            database: Alias of the database whose commit ``spawn_on_commit`` waits for.
+
+        Returns:
+            An immutable object, which is cheap to create.
 
         Raises:
             TypeError: An option has a wrong type.
@@ -97,21 +107,26 @@ class Pool(Waitable, Spawning):
             "retry_on": retry_on,
             "database": database,
         }
-        return Using(self.submit, self._default_options, check_options(options))
+        return Using(self.submit, self.default_options, check_options(options))
 
-    def _default_options(self) -> Options:
+    def default_options(self) -> Options:
+        """Return what the pool's settings say of tasks without options of their own."""
         return self.build().options or Options()
 
     def submit(self, task: Task) -> bool:
-        """Have a `task` run that is made already. See ``spawn``."""
-        tracer = DjangoHooks.tracer
-        if tracer is not None:
-            return tracer.spawn(self.name, task, partial(self._submit, task))
-        return self._submit(task)
+        """Run a `task` that is already made. See ``spawn``."""
+        if not tracing.tracers:
+            return self._submit(task)
+        accepted, ends = False, tracing.spawning(self.name, task)
+        try:
+            accepted = self._submit(task)
+        finally:
+            tracing.submitted(ends, accepted)
+        return accepted
 
     def _submit(self, task: Task) -> bool:
         slots = self.slots or self._build_for(task)
-        if self._options is not None and task.policy is None:
+        if self._options is not None and task.policy is NO_POLICY:
             task.policy = policy_for(task, self._options)
         if self._divert is not None and task.captured is not FAILED:
             return self._divert(self, task)
@@ -124,7 +139,7 @@ class Pool(Waitable, Spawning):
             reason = DropReason.PROPAGATOR
         if reason is not None:
             task.discard()
-            return self.note_drop(task.name, slots.queue.refuse(task.name, reason))
+            return self.drop(task, slots.queue.refuse(task.name, reason))
         try:
             reason = slots.queue.put(task)
             if slots.look is not None:
@@ -132,7 +147,7 @@ class Pool(Waitable, Spawning):
         finally:
             if not slots.all:
                 self._ensure_threads(task, slots)  # a fork may have ended the threads *just* before that
-        return reason is None or self.note_drop(task.name, reason)
+        return reason is None or self.drop(task, reason)
 
     def _ensure_threads(self, task: Task, slots: Slots) -> DropReason | None:
         """Have the threads there that `task` needs. Return why that is impossible, or None."""
@@ -150,27 +165,32 @@ class Pool(Waitable, Spawning):
             raise
 
     def refuse(self, name: str) -> bool:
-        """Drop a task called `name`, which was not even made."""
+        """Drop a task called `name` without making it."""
         slots = self.build().slots
         if task_spawned.receivers:
             self.hooks.spawned(name)
         reason = slots.queue.refuse(name)
         if slots.look is not None:
             slots.look()
-        if DjangoHooks.tracer is not None:
-            DjangoHooks.tracer.refused(self.name, name)
+        tracing.refused(self.name, name)
         return self.note_drop(name, reason)
 
+    def drop(self, task: Task, reason: DropReason) -> bool:
+        """Report the drop of a `task`, which the queue has counted, and return False."""
+        if isinstance(task.function, Recorded):
+            task.function.dropped(drops.why(self.build().slots.queue, reason))
+        return self.note_drop(task.name, reason)
+
     def note_drop(self, name: str, reason: DropReason) -> bool:
-        """Tell of a drop that the queue has counted, and return False."""
-        self.build().drops.note(name, reason)
+        """Report a drop that the queue has counted, and return False."""
+        drops.warn(self.build().slots.queue, name, reason)
         self.hooks.dropped(name, reason)
         return False
 
     def _note_shed(self, task: Task, reason: ShedReason) -> None:
-        """Tell of a task that the queue has given up, and counted."""
+        """Report a task that the queue has given up and counted."""
         if task.outcome is Outcome.SHED:
-            self.build().drops.note(task.name, reason)
+            drops.warn(self.build().slots.queue, task.name, reason)
         self.hooks.shed(task, reason)
 
     # What it stands for.
@@ -228,7 +248,12 @@ class Pool(Waitable, Spawning):
         return list(self._built.values())
 
     def stats(self) -> PoolStats:
-        """Return the pool's figures, all of one moment."""
+        """Return the pool's figures, which all belong to the same moment.
+
+        Raises:
+            PoolDoesNotExist: BGTASKS no longer defines this pool.
+            InvalidSettings: BGTASKS has a mistake.
+        """
         return read_stats(self.build().slots.queue)
 
 
@@ -240,6 +265,6 @@ def run_inline(pool: Pool, task: Task) -> bool:
     pool.hooks.spawned(task.name)
     if queue.state is not State.OPEN:
         task.discard()
-        return pool.note_drop(task.name, queue.refuse(task.name))
+        return pool.drop(task, queue.refuse(task.name))
     inline.run(queue, pool.hooks, task)
     return True

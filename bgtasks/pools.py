@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from bgtasks import conf, database
 from bgtasks.building import Built, no_pool
@@ -13,12 +14,16 @@ from bgtasks.forks import Forks
 from bgtasks.greenlets import may_have_loop
 from bgtasks.helpers import Helpers
 from bgtasks.monitoring.figures import PoolStats
+from bgtasks.monitoring.journal import Journal
+from bgtasks.monitoring.log_writer import LogWriter
 from bgtasks.monitoring.loop_watch import LoopWatch
 from bgtasks.monitoring.pace import MeasuredPace
 from bgtasks.monitoring.publisher import Publisher
+from bgtasks.monitoring.switching import SwitchWatch
 from bgtasks.monitoring.watchdog import Watchdog
 from bgtasks.pool import Diverted, Pool
-from bgtasks.process import ProcessHooks, may_have_threads
+from bgtasks.process import ProcessHooks, is_command, may_have_threads
+from bgtasks.repeats import repeats
 from bgtasks.waiting import Waitable
 
 
@@ -35,11 +40,13 @@ class Pools(Waitable, Mapping[str, Pool]):
         self._adding = new_lock()
         self.diverted: Diverted | None = None  # in force for all pools, whatever their MODE; see divert
         self.publisher = Publisher(self.drainer, self.built)
-        watches = Watchdog(self.built), LoopWatch(self.drainer, self.built)
-        self.drainer.background += [self.publisher, *watches]
+        self.journal = Journal(self.built, self.publisher.note_loss)
+        watches = Watchdog(self.built), LoopWatch(self.drainer, self.built), SwitchWatch(self.built)
+        writer = LogWriter(self.drainer, may_have_threads, repeats)
+        self.drainer.background += [self.publisher, self.journal, *watches, writer]
         self.drainer.pace = MeasuredPace(self.drainer)
         self._forks = Forks(self.drainer)
-        self._hooks = ProcessHooks(self.shutdown, self.drainer.start, self._after_fork_in_child)
+        self._hooks = ProcessHooks(self.shutdown, self._start, self._after_fork_in_child)
 
     def __repr__(self) -> str:
         return f"<Pools {', '.join(map(repr, self))}>"
@@ -56,6 +63,13 @@ class Pools(Waitable, Mapping[str, Pool]):
                 self._handles = (*self._handles, self._pools[name])
         return self._pools[name]
 
+    if not TYPE_CHECKING:  # or every attribute would be right for a type checker
+
+        def __getattr__(self, name: str) -> NoReturn:
+            known = not name.startswith("_") and name in conf.pool_names()
+            hint = f"; write pools[{name!r}]" if known else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
     def __iter__(self) -> Iterator[str]:
         return iter(conf.pool_names())
 
@@ -71,28 +85,68 @@ class Pools(Waitable, Mapping[str, Pool]):
         return [part.slots for part in self.parts()]
 
     def stats(self) -> dict[str, PoolStats]:
-        """Return the figures of every pool by its name, each all of one moment."""
+        """Return the figures of every pool, by its name. The figures of a pool all belong to the same moment.
+
+        >>> bgtasks.stats()["default"].queued
+        0
+
+        Returns:
+            A dictionary of ``PoolStats``.
+
+        Raises:
+            InvalidSettings: BGTASKS has a mistake.
+        """
         return {name: pool.stats() for name, pool in self.items()}
 
     def shutdown(self, timeout: float | None = None) -> bool:
-        """Shut all pools down, side by side, and end the drainer. See ``Pool.shutdown``.
+        """Accept no more tasks, wait for the accepted ones, cancel what is left, and stop the drainer.
 
-        Called by a task on the drainer's loop, it leaves the drainer to the shutdown at exit.
+        It is called automatically when the server or the process shuts down; see the docs, "Deploying".
+        A second call waits until the first one has finished. All pools are shut down at the same time.
+
+        >>> bgtasks.shutdown(timeout=5)
+        True
+
+        Args:
+            timeout: Seconds to wait at most; None stands for the SHUTDOWN_TIMEOUT of each pool.
+
+        Returns:
+            True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
+
+        Raises:
+            RuntimeError: Called on the drainer's event loop. Use ``ashutdown`` there.
         """
         self.refuse_on_loop()
         self.drainer.accepting = False
         parts = self.parts()
         complete = super().shutdown(timeout)
-        for part in self.parts():
-            part.drops.flush()
+        repeats.flush()
         # Not if another shutdown is under way, or if the one who asked is on the loop, and goes on.
         if all(part.shutdown.complete for part in parts):
             self.drainer.stop()
             self.publisher.leave()
+            self.journal.close()
         return complete
 
     async def ashutdown(self, timeout: float | None = None) -> bool:
-        """Do as ``shutdown`` does, without blocking the event loop."""
+        """Shut all pools down as ``shutdown`` does, without blocking the event loop.
+
+        If a task on the drainer's loop calls it, the drainer runs until the process exits.
+
+        >>> async def main():
+        ...     return await bgtasks.ashutdown(timeout=5)
+        >>> asyncio.run(main())
+        True
+
+        Args:
+            timeout: Seconds to wait at most; None stands for the SHUTDOWN_TIMEOUT of each pool.
+
+        Returns:
+            True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
+
+        Raises:
+            RuntimeError: No thread can be started, and this is the drainer's event loop.
+        """
         self.drainer.accepting = False
         return await super().ashutdown(timeout)
 
@@ -123,9 +177,17 @@ class Pools(Waitable, Mapping[str, Pool]):
         # Before a fork the last one comes first: the drainer stops the publisher's thread as well.
         self._hooks.install(self.publisher, self._forks)
         self.publisher.configure()
+        self.journal.configure()
         for pool in self.values():
             pool.build()
         self._hooks.start()
+
+    def _start(self) -> None:
+        self.drainer.start()
+        # It looks for what died before. Not in a command, such as the `migrate` of a deploy: that would tell
+        # a terminal, and the site would not tell it again.
+        if self.drainer.running and not is_command():
+            self.journal.notify()
 
     def restart(self) -> None:
         """Shut all pools down, and let them be built anew, from the settings of then, when they are used."""
@@ -137,6 +199,7 @@ class Pools(Waitable, Mapping[str, Pool]):
             self.drainer.remove(slots)  # of a pool that was built during the shutdown as well
         self.drainer.accepting = True
         conf.forget()
+        self.journal.configure()
         for pool in self._handles:
             pool.forget()
 

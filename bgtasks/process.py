@@ -12,12 +12,13 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from time import monotonic
+from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from asgiref.sync import AsyncToSync, SyncToAsync
 
+from bgtasks.clock import monotonic
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import log
 from bgtasks.greenlets import patched
@@ -36,6 +37,17 @@ MULE = (
     "a mule or spooler of uWSGI spawns tasks, and uWSGI ends it without waiting for them: what has not ended "
     "by then is lost; call bgtasks.drain() at the end of each message"
 )
+COMMANDS = {"manage.py", "django-admin", "django-admin.py"}
+NO_DRAIN = (
+    "a command has ended before its tasks, which got no longer than SHUTDOWN_TIMEOUT: "
+    "end it with bgtasks.drain(), which waits for all of them"
+)
+
+
+def is_command() -> bool:
+    """Tell whether this process is a management command, ``runserver`` included."""
+    script = Path(sys.argv[0])
+    return script.name in COMMANDS or script.parts[-2:] == ("django", "__main__.py")  # python -m django
 
 
 class Lifespan:
@@ -51,7 +63,7 @@ class Lifespan:
     def forget(self) -> None:
         """Know of nothing: this is a forked child, which may end in another way."""
         self.settled = False  # a lifespan was seen, or what is lost was reported
-        self.look_at = 0.0  # monotonic seconds, from when on a spawn shall ``look``
+        self.look_at = 0.0  # monotonic seconds, from when on a spawn has to ``look``
 
     def look(self, drainer: Drainer) -> None:
         """Report once that this process spawns a task, and will not hear of its end.
@@ -66,6 +78,8 @@ class Lifespan:
             self.look_at = inf
             return
         self.look_at = monotonic() + LOOK_INTERVAL
+        if "uvicorn.server" not in sys.modules:
+            return  # other servers run the exit hooks, and so does a command under asyncio.run
         # Of this thread or, in a sync view under ASGI, of the thread that waits for it.
         loop = asyncio._get_running_loop() or vars(_threadlocal).get("main_event_loop")
         if loop is None or loop is drainer.loop.running:
@@ -133,7 +147,7 @@ class ProcessHooks:
 
     def __init__(
         self,
-        shutdown: Callable[..., object],
+        shutdown: Callable[..., bool],
         start: Callable[[], None],
         after_fork_in_child: Callable[[], None],
     ) -> None:
@@ -165,7 +179,7 @@ class ProcessHooks:
             mod_wsgi.subscribe_shutdown(self._on_mod_wsgi_shutdown)
 
     def start(self) -> None:
-        """Start the drainer. If that fails, requests can be served all the same."""
+        """Start the drainer. If that fails, requests can still be served."""
         try:
             self._start()
         except Exception as error:  # the machine has no thread or no file descriptor left
@@ -191,7 +205,8 @@ class ProcessHooks:
 
     def _on_exit(self) -> None:
         try:
-            self._shutdown()
+            if not self._shutdown() and is_command():
+                log(logging.WARNING, NO_DRAIN)
         except BaseException:
             # A second Ctrl-C, or a signal handler that raises SystemExit: nobody wants to wait any longer. A
             # third does not cost the account: what is left to do takes a moment, and goes on each time.

@@ -18,8 +18,8 @@ from django.conf import settings
 from django.utils.module_loading import import_string
 
 from bgtasks.conf import Problem
-from bgtasks.core.log import log
 from bgtasks.exceptions import InvalidSettings, PayloadError
+from bgtasks.repeats import report
 
 __all__ = ["Propagator"]
 
@@ -50,7 +50,7 @@ class Propagator(ABC):
         """Return the context manager inside which the task runs.
 
         It is entered and left on the thread of the task's ORM calls. If this or its entry raises, the task
-        has failed, and does not run. It does not hear what the task raises.
+        fails without running. It does not receive exceptions of the task.
         """
 
 
@@ -121,7 +121,7 @@ def capture(propagators: Sequence[tuple[str, Propagator]]) -> list[Carried] | No
         try:
             carried.append(Carried(path, propagator, propagator.capture()))
         except Exception as error:
-            log(logging.ERROR, "the propagator %r could not capture its value", path, error=error)
+            report(logging.ERROR, "the propagator %r could not capture its value", path, error)
             return None
     return carried
 
@@ -158,7 +158,7 @@ def leave() -> None:
         try:
             manager.__exit__(None, None, None)
         except BaseException as error:
-            log(logging.ERROR, "the propagator %r could not be left after a task", path, error=error)
+            report(logging.ERROR, "the propagator %r could not be left after a task", path, error)
 
 
 # On the worker of an engine.

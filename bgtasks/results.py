@@ -15,7 +15,7 @@ from dataclasses import fields
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar
 
-from django.tasks.base import TASK_REFRESH_ATTRS, Task, TaskResult, TaskResultStatus
+from django.tasks.base import TASK_REFRESH_ATTRS, Task, TaskError, TaskResult, TaskResultStatus
 from django.tasks.exceptions import TaskResultDoesNotExist
 from django.utils import timezone
 
@@ -72,15 +72,35 @@ class Record:
 
     def __init__(self, results: Results, result: AnyResult, limit: int) -> None:
         self.result = result  # read by anybody through a copy; written under the lock
-        self._results = results
         self._limit = limit  # of finished results that are kept
-        self._ended = False  # under the lock
+        # All that follows is written under the lock.
+        self._ids = [(results, result.id)]  # its own, and then those of results that follow it
+        self._newer: Record | None = None  # what this one follows
+        self._ended = False
+        self._kept = False  # it has ended, or was handed off
+        self._sent: Sent | None = None  # where to
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the end of the task is written."""
+        return self._ended
+
+    @_step
+    def enqueue(self) -> None:
+        """Write that the task, which has waited for a commit, is enqueued now."""
+        write(self.result, enqueued_at=timezone.now())
 
     @_step
     def begin(self, worker_id: str) -> None:
         """Write that an attempt at the task begins, unless a shutdown has just given it up."""
         if not self._ended:
             begin(self.result, worker_id)
+
+    @_step
+    def end_try(self, error: TaskError) -> None:
+        """Write that an attempt has failed, and that the task waits for another one."""
+        if not self._ended:
+            write(self.result, errors=[*self.result.errors, error], status=TaskResultStatus.READY)
 
     @_step
     def end(self, status: TaskResultStatus, **attributes: Any) -> bool:
@@ -91,13 +111,34 @@ class Record:
         write(self.result, finished_at=timezone.now(), **attributes)
         # Last: a receiver of a signal holds the result itself, and if it is finished, finds all the rest.
         write(self.result, status=status)
-        self._results.keep(self.result, None, self._limit)
+        self._keep()
         return True
 
     @_step
     def hand_off(self, sent: Sent | None) -> None:
         """Keep the result, of which only the engine knows more from now on."""
-        self._results.keep(self.result, sent, self._limit)
+        self._sent = sent
+        self._keep()
+
+    @_step
+    def follow(self, newer: Record) -> None:
+        """Have whoever asks for this result get that of the `newer` task, which has taken its place."""
+        while newer._newer is not None:  # another one has taken its place *just* before
+            newer = newer._newer
+        self._newer = newer
+        for results, result_id in self._ids:
+            results.live[result_id] = newer
+            if newer._kept:
+                results.keep(result_id, newer.result, newer._sent, newer._limit)
+        ids = [*newer._ids, *self._ids]
+        newer._ids, forgotten = ids[: newer._limit + 1], ids[newer._limit + 1 :]
+        for results, result_id in forgotten:
+            results.live.pop(result_id, None)
+
+    def _keep(self) -> None:
+        self._kept = True
+        for results, result_id in self._ids:
+            results.keep(result_id, self.result, self._sent, self._limit)
 
 
 class Results:
@@ -115,10 +156,10 @@ class Results:
         record = self.live[result.id] = Record(self, result, limit)
         return record
 
-    def keep(self, result: AnyResult, sent: Sent | None, limit: int) -> None:
+    def keep(self, result_id: str, result: AnyResult, sent: Sent | None, limit: int) -> None:
         """Keep a `result`, and forget the oldest ones past the `limit`. Called under the lock."""
-        self._kept[result.id] = result, sent
-        self._order.append(result.id)
+        self._kept[result_id] = result, sent
+        self._order.append(result_id)
         while len(self._order) > limit:
             self._kept.pop(self._order.popleft(), None)
 
@@ -138,9 +179,14 @@ class Results:
         # The kept ones first: what was handed off may still be among the live ones.
         if result_id in self._kept:
             result, sent = self._kept[result_id]
-            return snapshot(result), sent
-        record = self.live.get(result_id)
-        return None if record is None else (snapshot(record.result), None)
+        elif (record := self.live.get(result_id)) is not None:
+            result, sent = record.result, None
+        else:
+            return None
+        copied = snapshot(result)
+        if result.id != result_id:  # it is that of a newer task
+            write(copied, id=result_id)
+        return copied, sent
 
 
 @_step
@@ -196,7 +242,8 @@ def begin(result: AnyResult, worker_id: str) -> None:
     """Write that an attempt at the task begins."""
     now = timezone.now()
     result.worker_ids.append(worker_id)
-    write(result, status=TaskResultStatus.RUNNING, started_at=now, last_attempted_at=now)
+    started_at = result.started_at or now
+    write(result, status=TaskResultStatus.RUNNING, started_at=started_at, last_attempted_at=now)
 
 
 # The fields of a new result. It has its return value once it has succeeded.

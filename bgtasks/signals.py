@@ -1,9 +1,9 @@
-"""The signals of a task's life. The sender is the pool; receivers are called robustly.
+"""The signals of a task's life. The sender is the pool. An exception of a receiver is logged.
 
 ``task_spawned`` and ``task_dropped`` are sent in the code that spawns, so their receivers should be quick.
 ``task_started`` and ``task_finished`` are sent in the task's context and on its slot's thread, so their
 receivers may use the ORM; a task counts as running until they have returned. ``task_shed`` is sent where the
-task is given up: in the code that spawns, or on a slot's thread.
+task is shed: in the code that spawns, or on a slot's thread.
 
 ========================  ==============================================================================
 signal                    arguments

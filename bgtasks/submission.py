@@ -7,17 +7,34 @@ import inspect
 from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
-from time import monotonic
 from types import FunctionType
 from typing import Any, ParamSpec, Protocol
 
+from django.conf import settings
+from django.core import mail
+
 from bgtasks import context, django_tasks
+from bgtasks.clock import monotonic
+from bgtasks.core.log import encodable
 from bgtasks.core.task import Task, as_coroutine
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _COROUTINE = inspect.CO_COROUTINE
 
+_MAIL = vars(mail)  # Django's test environment, and only that, puts an outbox there
+
 P = ParamSpec("P")
+
+
+class Development:
+    """Whether DEBUG is on. To look it up would cost each spawn 0.1 µs."""
+
+    debug = False
+
+    @classmethod
+    def configure(cls) -> None:
+        """Look at the setting: the process starts, or it was overridden."""
+        cls.debug = settings.DEBUG
 
 
 class DjangoTask(Protocol[P]):
@@ -35,7 +52,7 @@ def make_task(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     Raises:
         TypeError: `name` is not a string, or `task` is nothing that can be run.
     """
-    if type(name) is not str:
+    if type(name) is not str or not name.isascii():
         name = _plain_name(name, task)
     try:
         flags = task.__code__.co_flags
@@ -50,19 +67,44 @@ def make_task(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any
                 "and its body would never run"
             )
         asynchronous = flags & _COROUTINE != 0
+    if Development.debug or "outbox" in _MAIL:
+        _check_call(name, task, args, kwargs)
     return Task(name, task, args, kwargs, asynchronous, copy_context(), context.capture())
 
 
 def is_function(name: object, task: Any) -> bool:
     """Tell whether these are an ordinary name and function, which need no closer look."""
-    return type(name) is str and type(task) is FunctionType and not task.__code__.co_flags & _GENERATOR
+    return (
+        type(name) is str
+        and name.isascii()
+        and type(task) is FunctionType
+        and not task.__code__.co_flags & _GENERATOR
+    )
 
 
 def _plain_name(name: object, task: object) -> str:
     if not isinstance(name, str):
         _close(task)
-        raise TypeError(f"the name of a task must be a str, not {name!r}")
-    return str.__str__(name)  # of a StrEnum or a SafeString
+        called = getattr(name, "__name__", "")
+        hint = f"; write spawn({called!r}, {called}, ...)" if type(name) is FunctionType else ""
+        raise TypeError(f"the name of a task must be a str, not {name!r}{hint}")
+    return encodable(str.__str__(name))  # of a StrEnum or a SafeString
+
+
+def _check_call(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise TypeError if `task` takes no such arguments, where it is developed or tested.
+
+    Elsewhere the task fails. A wrapper is asked itself, as it may pass others than it is given.
+    """
+    try:
+        signature = inspect.signature(task, follow_wrapped=False) if callable(task) else None
+    except Exception:
+        return  # it is written in C, or a ``__getattr__`` that raises
+    if signature is not None:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"task {name!r} cannot be called with these arguments: {error}") from None
 
 
 def _close(task: object) -> None:
@@ -96,7 +138,7 @@ def _resolve(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _is_asynchronous(task: Any) -> bool:
-    """Tell whether a callable is known to return an awaitable. Every result is looked at all the same."""
+    """Tell whether a callable is known to return an awaitable. Every result is checked anyway."""
     try:
         return inspect.iscoroutinefunction(task) or inspect.iscoroutinefunction(type(task).__call__)
     except Exception:
@@ -107,6 +149,7 @@ class OnCommit:
     """Submits a task when a transaction commits. If it never does, a coroutine object is closed."""
 
     def __init__(self, submit: Callable[[Task], object], task: Task) -> None:
+        self.name = task.name
         self._submit = submit
         self._task: Task | None = task
 

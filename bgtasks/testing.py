@@ -4,8 +4,8 @@ Each is a context manager, a decorator for test functions, sync or async, and a 
 from ``unittest.TestCase``. The pytest fixtures ``bgtasks_inline``, ``bgtasks_captured`` and
 ``bgtasks_drained`` are the same.
 
-While one of them is active it holds for all pools and all threads of the process, whatever their MODE; the
-innermost one counts.
+While one of them is active, it applies to all pools and all threads of the process, whatever the MODE of the
+pools. If they are nested, the innermost one applies.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ import pprint
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.test.utils import TestContextDecorator
 
+from bgtasks import hints
+from bgtasks.clock import monotonic
 from bgtasks.core.log import counts_of
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
+from bgtasks.hooks import Recorded
 from bgtasks.monitoring.snapshot import stack_of
 from bgtasks.pool import Diverted, Pool, run_inline
 from bgtasks.pools import pools
+from bgtasks.signals import task_finished
 
-__all__ = ["Call", "Captured", "captured", "drained", "inline"]
+__all__ = ["Call", "Captured", "Drained", "FailedTask", "captured", "drained", "inline"]
 
 DRAIN_TIMEOUT = 10.0  # seconds
 
@@ -53,8 +56,8 @@ class _Tool(TestContextDecorator):
 class inline(_Tool):  # noqa: N801  # used as a function, like Django's override_settings
     """Run every task at once in the code that spawns it, asynchronous ones too.
 
-    A task runs where its spawner's ORM calls run, so inside the transaction of a ``TestCase``. What it raises
-    goes up into the code that spawned it. TASK_TIMEOUT and CONN_MAX mean nothing here.
+    A task runs on the thread of the ORM calls of the code that spawns it, so inside the transaction of a
+    ``TestCase``. Its exceptions are raised in that code. TASK_TIMEOUT and CONN_MAX do not apply.
 
     >>> with bgtasks.testing.inline():
     ...     bgtasks.spawn("send-welcome", send_welcome, user.pk)
@@ -76,7 +79,7 @@ class Call:
     Attributes:
         pool: The name of the pool.
         name: The name of the task.
-        task: What was spawned: a function or a coroutine object.
+        task: What was spawned: a function or a coroutine object. Of a task of ``django.tasks``, its function.
         args: The positional arguments.
         kwargs: The keyword arguments.
     """
@@ -122,7 +125,7 @@ class Captured:
         Whether one was passed by position or by keyword does not matter.
 
         Raises:
-            AssertionError: None was. It shows what was spawned, and how the arguments differ.
+            AssertionError: No such task was spawned. The message shows what was, and how arguments differ.
         """
         __tracebackhide__ = True  # pytest shows the line of the test instead
         named = [call for call in self.calls if call.name == name]
@@ -137,13 +140,15 @@ class Captured:
         spawned = counts_of(self.names)
         close = difflib.get_close_matches(name, self.names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
+        if hints.is_uncommitted(name):
+            hint = f"; {hints.UNCOMMITTED}"
         raise AssertionError(f"no task {name!r} was spawned; spawned were: {spawned or 'none'}{hint}")
 
     def run_all(self) -> int:
         """Run the recorded tasks one after the other, as ``inline`` does, and those that they spawn.
 
-        Each runs once, however often this is called. What a task raises is raised here; those after it have
-        not run then.
+        Each runs once, even if this is called again. An exception of a task is raised here, and the tasks
+        after it do not run.
 
         Returns:
             The number of tasks that ran.
@@ -157,7 +162,11 @@ class Captured:
 
     def take(self, pool: Pool, task: Task) -> bool:
         """Record `task`, in place of the pool's queue."""
-        self.calls.append(Call(pool.name, task.name, task.function, task.args, task.kwargs))
+        what, args, kwargs = task.function, task.args, task.kwargs
+        if isinstance(what, Recorded):
+            enqueued, values, kwargs = what.description()
+            what, args = enqueued.func, tuple(values)
+        self.calls.append(Call(pool.name, task.name, what, args, kwargs))
         self._waiting.append((pool, task))
         return True
 
@@ -202,50 +211,110 @@ class captured(_Tool):  # noqa: N801
         return self.enable()
 
 
-class drained(_Tool):  # noqa: N801
-    """Run tasks in the real pools. On exit all have ended, or the test fails with what still runs and where.
+class FailedTask(NamedTuple):
+    """A task that has failed or timed out while ``drained`` was active.
 
-    No thread and no connection of the pools is left after it. Tasks run on connections of their own: a test
-    that shows them what it has written needs ``TransactionTestCase``, or
-    ``@pytest.mark.django_db(transaction=True)``.
+    Attributes:
+        pool: The name of the pool.
+        name: The name of the task.
+        error: What it raised.
+    """
+
+    pool: str
+    name: str
+    error: BaseException | None
+
+
+class Drained:
+    """The results of the tasks that ran while ``drained`` was active.
+
+    Attributes:
+        failures: The tasks that have failed or timed out, in the order of their ends.
+        allow_failures: Whether the test passes despite failures. It can be set at any time.
+    """
+
+    def __init__(self, *, allow_failures: bool = False) -> None:
+        self.failures: list[FailedTask] = []  # appended to by the slots' threads
+        self.allow_failures = allow_failures
+
+    def __repr__(self) -> str:
+        return f"<Drained {len(self.failures)} failed>"
+
+    def hear(self, sender: Pool, name: str, outcome: str, error: BaseException | None, **_: object) -> None:
+        """Receive ``task_finished``."""
+        if outcome in {"failed", "timed_out"}:
+            self.failures.append(FailedTask(sender.name, name, error))
+
+    def complaints(self) -> list[str]:
+        """Return a line for each failure that fails the test."""
+        failures = [] if self.allow_failures else self.failures
+        return [f"task {each.name!r} of pool {each.pool!r} failed: {each.error!r}" for each in failures]
+
+
+class drained(_Tool):  # noqa: N801
+    """Run tasks in the real pools, and wait for them on exit. A task that failed fails the test.
+
+    If tasks still run after the time-out, the test fails too, with their names and stacks. No thread and no
+    connection of the pools is left. Tasks run on their own connections. If they need rows that the test has
+    written, use ``TransactionTestCase``, or ``@pytest.mark.django_db(transaction=True)``.
+
+    >>> with bgtasks.testing.drained():
+    ...     bgtasks.spawn("send-welcome", send_welcome, user.pk)
+    True
+
+    As a decorator, it passes a ``Drained`` to the test as ``captured`` does.
 
     Args:
-        timeout: Seconds that the tasks have to end at exit.
+        timeout: Seconds that the tasks have at exit.
+        allow_failures: Let the test pass even if tasks fail; they are listed in ``Drained.failures``.
     """
 
     def __init__(
         self,
         timeout: float = DRAIN_TIMEOUT,
         *,
+        allow_failures: bool = False,
         attr_name: str | None = None,
         kwarg_name: str | None = None,
     ) -> None:
         super().__init__(attr_name=attr_name, kwarg_name=kwarg_name)
         self._timeout = timeout
+        self._allow_failures = allow_failures
+        self._records: list[Drained] = []
 
-    def enable(self) -> None:
+    def enable(self) -> Drained:
         """Begin to send tasks to the real pools."""
+        record = Drained(allow_failures=self._allow_failures)
+        self._records.append(record)
+        task_finished.connect(record.hear)
         self._divert(None)
+        return record
 
     def disable(self) -> None:
         """Wait until all tasks have ended.
 
         Raises:
-            AssertionError: They have not.
+            AssertionError: They have not, or some have failed.
         """
+        record = self._records.pop()
         try:
             left = _drain(self._timeout)
         finally:
             super().disable()
+            task_finished.disconnect(record.hear)
         # No thread of ours may live on, nor a connection; what still runs is given up after a moment.
         if left is not None:
             pools.shutdown(0)
         pools.restart()
+        complaints = record.complaints()
+        cause = record.failures[0].error if complaints else None
         if left is not None:
-            raise AssertionError(f"after {self._timeout:g} s there are still tasks:\n{left}")
+            complaints.append(f"after {self._timeout:g} s there are still tasks:\n{left}")
+        if complaints:
+            raise AssertionError("\n".join([*complaints, *_hints(cause)])) from cause
 
-    def __enter__(self) -> None:
-        self.enable()
+    def __enter__(self) -> Drained:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]  # the stubs know of Django's own only
+        return self.enable()
 
     def __exit__(
         self,
@@ -255,10 +324,18 @@ class drained(_Tool):  # noqa: N801
     ) -> None:
         try:
             self.disable()
-        except AssertionError as left:
+        except AssertionError as complaint:
             if error is None:
                 raise
-            error.add_note(str(left))  # the test has failed before, and that is what it failed of
+            error.add_note(str(complaint))  # the test has failed before, and that is what it failed of
+        else:
+            if error is not None:
+                for hint in _hints(error):
+                    error.add_note(hint)
+
+
+def _hints(error: BaseException | None) -> list[str]:
+    return [f"hint: {hint}" for hint in hints.for_failure(error)]
 
 
 def _drain(timeout: float) -> str | None:
@@ -301,7 +378,7 @@ def _difference(expected: tuple[Any, Any], spawned: tuple[Any, Any]) -> str:
 
 
 def _lines(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return the arguments as a person writes them, one a line."""
+    """Return the arguments as a call would have them, one on each line."""
     lines = [pprint.pformat(argument) for argument in args]
     lines += [f"{name}={pprint.pformat(argument)}" for name, argument in sorted(kwargs.items())]
     return ["(", *(f"    {line}," for text in lines for line in text.splitlines()), ")"]

@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from contextvars import copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
-from time import monotonic
 
 from bgtasks.building import Built
+from bgtasks.clock import monotonic
 from bgtasks.core.drain import DrainWaiter
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import log
@@ -33,16 +33,22 @@ class Waitable(ABC):
         """Return what each pool is made of, as far as it is in use."""
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until every task spawned before this call has ended. More may be spawned meanwhile.
+        """Wait until every task that was spawned before this call has ended. More may be spawned meanwhile.
+
+        ``bgtasks.drain()`` waits for the tasks of all pools, and the method of a pool for its own tasks.
+
+        >>> bgtasks.drain(timeout=30)
+        True
 
         Args:
             timeout: Seconds to wait at most; None waits as long as it takes.
 
         Returns:
-            False if the time was over before.
+            True once all of them have ended, False if the time ran out before.
 
         Raises:
-            RuntimeError: Called inside a task, or on the drainer's loop, which would wait for themselves.
+            RuntimeError: Called inside a task, which would wait for itself, or on the drainer's event loop,
+                which it would block.
         """
         if self.drainer.is_own_thread():
             raise RuntimeError("drain() would block the drainer's loop; use 'await adrain()'")
@@ -57,7 +63,18 @@ class Waitable(ABC):
         return True
 
     async def adrain(self, timeout: float | None = None) -> bool:
-        """Do as ``drain`` does, without blocking the event loop.
+        """Wait as ``drain`` does, without blocking the event loop.
+
+        >>> async def main():
+        ...     return await bgtasks.adrain(timeout=30)
+        >>> asyncio.run(main())
+        True
+
+        Args:
+            timeout: Seconds to wait at most; None waits as long as it takes.
+
+        Returns:
+            True once every task spawned before this call has ended, False if the time ran out before.
 
         Raises:
             RuntimeError: Called inside a task, which would wait for itself.
@@ -78,16 +95,16 @@ class Waitable(ABC):
     def shutdown(self, timeout: float | None = None) -> bool:
         """Accept no more tasks, wait for the accepted ones, and cancel what is left.
 
-        Called again, it waits for the first call to be done.
+        A second call waits until the first one has finished.
 
         Args:
             timeout: Seconds to wait at most; None stands for the SHUTDOWN_TIMEOUT of each pool.
 
         Returns:
-            False if tasks were cancelled. A warning names them.
+            True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
 
         Raises:
-            RuntimeError: Called on the drainer's loop. Use ``ashutdown`` there.
+            RuntimeError: Called on the drainer's event loop. Use ``ashutdown`` there.
         """
         self.refuse_on_loop()
         now = monotonic()
@@ -98,13 +115,18 @@ class Waitable(ABC):
         return shut_down(plan) == 0
 
     async def ashutdown(self, timeout: float | None = None) -> bool:
-        """Do as ``shutdown`` does, without blocking the event loop.
+        """Shut down as ``shutdown`` does, without blocking the event loop.
 
-        If the machine has no thread left, it blocks the loop after all: nothing that was accepted is lost
-        without a report.
+        If no thread can be started, it blocks the loop, so that every accepted task runs or is reported.
+
+        Args:
+            timeout: Seconds to wait at most; None stands for the SHUTDOWN_TIMEOUT of each pool.
+
+        Returns:
+            True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
 
         Raises:
-            RuntimeError: The machine has no thread left, and this is the drainer's loop.
+            RuntimeError: No thread can be started, and this is the drainer's event loop.
         """
         for part in self.parts():
             part.slots.queue.close()

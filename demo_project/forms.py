@@ -2,7 +2,7 @@
 
 from django import forms
 
-from .means import MEANS
+from .means import MEANS, POLICIES
 from .models import Member
 
 
@@ -16,7 +16,7 @@ class SignUpForm(forms.Form):
 class BurstForm(forms.Form):
     """Many people who sign up at once."""
 
-    how = forms.ChoiceField(choices=[(how.value, how.label) for how in MEANS])
+    how = forms.ChoiceField(choices=[(how.value, how.label) for how in MEANS | POLICIES])
     count = forms.IntegerField(min_value=1, max_value=5000)
 
     def clean_how(self) -> Member.How:

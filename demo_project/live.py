@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from django.db import connection
+from django.dispatch import receiver
 
 import bgtasks
+from bgtasks.signals import task_shed
 
 from .figures import Summary
 
@@ -36,12 +38,20 @@ class Burst:
     asked: int
     started: float = field(default_factory=time.time)
     ended: float | None = None  # set once no task is left
+    begun: int = 0
     done: int = 0
     raised: int = 0
     refused: int = 0
+    shed: int = 0  # accepted, and too old when it was their turn
+    oldest: float | None = None  # seconds from the sign-up to the latest mail
     samples: list[Sample] = field(
         default_factory=list
     )  # the requests that were due between started and ended
+
+    @property
+    def waiting(self) -> int:
+        """How many of its tasks have neither begun nor been given up."""
+        return self.asked - self.begun - self.refused - self.shed
 
     def as_json(self) -> dict[str, Any]:
         """Return the burst as the dashboard and `manage.py compare` read it."""
@@ -55,6 +65,8 @@ class Burst:
             "done": self.done,
             "raised": self.raised,
             "refused": self.refused,
+            "shed": self.shed,
+            "oldest": self.oldest,
             "requests": Summary.of((latency, ok) for _, latency, ok in self.samples).as_json(),
         }
 
@@ -69,7 +81,7 @@ class Board:
     HISTORY = 8000  # samples kept for a dashboard that is opened late: two minutes of 60 requests a second
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._samples: deque[tuple[int, Sample]] = deque(maxlen=self.HISTORY)  # with a running number
         self._number = 0  # of the newest sample
         self._failed = 0  # requests of the probe that failed
@@ -112,25 +124,33 @@ class Board:
         """Return the task, reporting its end to the burst's account. The same for every means."""
 
         def watched_task(pk: int) -> None:
+            self._count(burst, "begun")
             try:
                 task(pk)
             except BaseException:
-                self._settle(burst, raised=1)
+                self._count(burst, "raised")
                 raise
-            self._settle(burst, done=1)
+            self._count(burst, "done")
 
         return watched_task
 
     def refused(self, burst: Burst) -> None:
         """Note a task of the burst that was not accepted."""
-        self._settle(burst, refused=1)
+        self._count(burst, "refused")
 
-    def _settle(self, burst: Burst, done: int = 0, raised: int = 0, refused: int = 0) -> None:
+    def shed(self) -> None:
+        """Note a task that was too old to run. Bursts expire in their order, so it is one of the oldest."""
         with self._lock:
-            burst.done += done
-            burst.raised += raised
-            burst.refused += refused
-            if burst.done + burst.raised + burst.refused == burst.asked:
+            waiting = (burst for burst in self._bursts if burst.how == "fresh" and burst.waiting)
+            if burst := next(waiting, None):
+                self._count(burst, "shed")
+
+    def _count(self, burst: Burst, figure: Literal["begun", "done", "raised", "refused", "shed"]) -> None:
+        with self._lock:
+            setattr(burst, figure, getattr(burst, figure) + 1)
+            if figure == "done":
+                burst.oldest = time.time() - burst.started
+            if burst.done + burst.raised + burst.refused + burst.shed == burst.asked:
                 burst.ended = time.time()
 
     def find(self, key: uuid.UUID) -> Burst | None:
@@ -181,8 +201,14 @@ def database_pool() -> dict[str, int] | None:
 def background_tasks() -> dict[str, int]:
     """Return the figures of the default bgtasks pool."""
     stats = bgtasks.stats()["default"]
-    names = ("capacity", "conn_max", "queued", "running", "succeeded", "failed", "dropped")
+    names = ("capacity", "conn_max", "queued", "running", "succeeded", "failed", "dropped", "shed")
     return {name: getattr(stats, name) for name in names}
 
 
 board = Board()
+
+
+@receiver(task_shed)
+def note_shed(**_named: object) -> None:
+    """Tell the board; only the tasks of a burst with an expiry are ever shed."""
+    board.shed()

@@ -19,7 +19,7 @@ class Slow:
     """An aiosmtpd handler that takes its time, and not always the same time, as a real mail server does.
 
     If every mail took the same time, tasks that start together would end together, over and over, and their
-    work on the processor would come in lumps that no real site sees.
+    work on the processor would come in bursts that no real site sees.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -12,8 +12,11 @@ class Member(models.Model):
         SYNC_VIEW = "sync", "sync view"
         ASYNC_VIEW = "async", "async view"
         THREAD = "thread", "a thread each"
-        EXECUTOR = "executor", "ThreadPoolExecutor"
+        EXECUTOR = "executor", "ThreadPoolExecutor(64)"
+        EXECUTOR_8 = "executor-8", "ThreadPoolExecutor(8)"
         BGTASKS = "bgtasks", "bgtasks"
+        FRESH = "fresh", "bgtasks, fresh"
+        STALE = "stale", "bgtasks, stale"
 
     name = models.CharField(max_length=80)
     email = models.EmailField()

@@ -145,7 +145,7 @@ def database(data_dir: Path, *, sqlite: bool) -> Iterator[Database]:
 
 def _sqlite(data_dir: Path, reason: str) -> Database:
     note = (
-        f"Running on SQLite {reason}. It has no connection pool that could run dry, which is what this is "
+        f"Running on SQLite {reason}. It has no connection pool to exhaust, which is what this is "
         "about: set DATABASE_URL to use a PostgreSQL of your own."
     )
     return Database(f"sqlite:///{data_dir / 'demo.sqlite3'}", "SQLite", note)

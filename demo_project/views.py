@@ -4,7 +4,7 @@ import inspect
 import json
 import textwrap
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from django.conf import settings
 from django.db import connection, transaction
@@ -18,7 +18,7 @@ import bgtasks
 
 from .forms import BurstForm, SignUpForm
 from .live import board
-from .means import MEANS
+from .means import FRESH_SECONDS, MEANS, POLICIES
 from .models import Delivery, Member
 from .tasks import asend_welcome, send_welcome
 
@@ -59,15 +59,30 @@ def members(request: HttpRequest) -> HttpResponse:
 @require_GET
 @ensure_csrf_cookie
 def dashboard(request: HttpRequest) -> HttpResponse:
-    """Show the dashboard: the three means with their code, and the live figures."""
+    """Show the dashboard: the four means and the two policies with their code, and the live figures."""
     context = {
-        "means": [{"how": how, "note": start.__doc__, "code": body(start)} for how, start in MEANS.items()],
+        "means": described(MEANS),
         "counts": [100, 400, 1000],
+        "policies": described(POLICIES),
+        "fresh_seconds": FRESH_SECONDS,
+        "overload": overload(),
         "task_seconds": settings.DEMO_TASK_SECONDS,
         "database": connection.display_name,
         "pool_size": settings.DEMO_POOL_SIZE if connection.vendor == "postgresql" else None,
     }
     return render(request, "demo_project/dashboard.html", context)
+
+
+def overload() -> int:
+    """Return twice the number of tasks that can be run in `FRESH_SECONDS`, or as many as may wait."""
+    pool = bgtasks.stats()["default"]
+    served = FRESH_SECONDS * pool.conn_max / float(settings.DEMO_TASK_SECONDS)
+    return min(round(2 * served), pool.capacity)
+
+
+def described(means: Mapping[Member.How, Callable[..., object]]) -> list[dict[str, object]]:
+    """Return the means with their docstrings and their code, for showing."""
+    return [{"how": how, "note": start.__doc__, "code": body(start)} for how, start in means.items()]
 
 
 def body(function: Callable[..., object]) -> str:
@@ -89,7 +104,7 @@ def start_burst(request: HttpRequest) -> JsonResponse:
     )
     burst = board.begin(key, how.value, how.label, count)
     task = board.watched(burst, send_welcome)
-    start = MEANS[how]
+    start = (MEANS | POLICIES)[how]
     for person in people:
         try:
             accepted = start(task, person.pk)

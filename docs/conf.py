@@ -18,7 +18,7 @@ copyright = author  # noqa: A001  # the name is Sphinx's
 release = version_of("django-bgtasks")
 version = release
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["attrs_block", "colon_fence", "deflist"]
@@ -32,6 +32,9 @@ napoleon_numpy_docstring = False
 html_theme = "furo"
 html_title = f"django-bgtasks {release}"
 html_show_sphinx = False
+html_static_path = ["static"]
+html_extra_path = ["llms.txt"]
+html_css_files = ["bgtasks.css"]
 
 
 def shorten_types(_app, doctree) -> None:

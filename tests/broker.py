@@ -22,3 +22,10 @@ class Broker(BaseTaskBackend):
         enqueued.append(result)
         task_enqueued.send(type(self), task_result=result)
         return result
+
+
+class Scheduler(Broker):
+    """One that keeps tasks until their ``run_after``, and that knows priorities."""
+
+    supports_defer = True
+    supports_priority = True

@@ -1,7 +1,7 @@
 import contextlib
-import faulthandler
 import gc
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import django
 import hypothesis
@@ -25,8 +26,6 @@ from tests.processes import restore_signals
 # Threads of libraries that live as long as the process: the workers of psycopg's pool.
 LASTING_THREADS = re.compile(r"pool-\d+-(worker-\d+|scheduler)")
 
-LIMIT = 25 * 60  # seconds that all tests of one environment may take
-
 # No deadline: how long an example took says something about the machine.
 hypothesis.settings.register_profile("bgtasks", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("bgtasks")
@@ -39,8 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
     here: its own pytest_configure comes last.
     """
     restore_signals()
-    # A run that hangs, wherever it is, says where, and fails.
-    faulthandler.dump_traceback_later(LIMIT, exit=True, file=os.dup(2))
     home = Path(tempfile.mkdtemp(prefix="bgtasks-"))
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
     os.environ["BGTASKS_TEST_HOME"] = str(home)
@@ -110,6 +107,16 @@ def no_thread_left(asgiref_thread: None) -> Iterator[None]:
     assert not left_behind(before)
 
 
+@pytest.fixture(autouse=True)
+def nothing_said() -> Iterator[None]:
+    """Let no test be silent since an earlier one has said the same. What was left out is said after each."""
+    from bgtasks.repeats import repeats
+
+    repeats.flush()
+    yield
+    repeats.flush()
+
+
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
     """A directory for a PostgreSQL server.
@@ -150,3 +157,28 @@ def left_behind(before: set[threading.Thread], bound: float = BOUND) -> list[thr
     for thread in started:
         thread.join(bound)
     return [thread for thread in started if thread.is_alive()]
+
+
+@pytest.fixture
+def logs() -> Iterator[Any]:
+    """What the logger says during the test."""
+    from tests.pool import Logs  # which needs Django
+
+    with Logs() as logs:
+        yield logs
+
+
+@pytest.fixture
+def handler() -> Iterator[Any]:
+    """Return a function that adds a handler to the logger for the time of the test."""
+    from bgtasks.core.log import logger
+
+    added: list[logging.Handler] = []
+
+    def add(handler: logging.Handler) -> None:
+        added.append(handler)
+        logger.addHandler(handler)
+
+    yield add
+    for one in added:
+        logger.removeHandler(one)

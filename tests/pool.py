@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from functools import partial
 from time import monotonic
@@ -24,12 +24,12 @@ from bgtasks.core.queue import TaskQueue
 from bgtasks.core.shutdown import Shutdown, shut_down
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Hooks, Task
-from bgtasks.drops import DropLog
 from bgtasks.forks import Forks
 from bgtasks.monitoring.figures import PoolStats, read_stats
 from bgtasks.monitoring.pace import MeasuredPace
 from bgtasks.pool import Pool
 from bgtasks.pools import pools
+from bgtasks.repeats import repeats
 from tests.gate import BOUND, Gate, wait_until
 
 NAME = "core"  # of every pool that is made here
@@ -49,8 +49,8 @@ class Logs(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.records: list[Any] = []  # written under _changed
-        self.lines: list[str] = []  # each with its traceback; written under _changed
+        self._records: list[Any] = []  # written under _changed
+        self._lines: list[str] = []  # each with its traceback; written under _changed
         self._changed = threading.Condition()
 
     def __enter__(self) -> "Logs":
@@ -68,20 +68,34 @@ class Logs(logging.Handler):
         # Its text stays in exc_text. The exception is not kept: tests look at whether anything keeps it.
         record.exc_info = None
         with self._changed:
-            self.records.append(record)
-            self.lines.append(line)
+            self._records.append(record)
+            self._lines.append(line)
             self._changed.notify_all()
+
+    @property
+    def lines(self) -> list[str]:
+        """Return the lines, when what was handed over to another thread is written."""
+        repeats.write_lines(BOUND)
+        return self._lines
+
+    @property
+    def records(self) -> list[Any]:
+        """Return the records of the lines."""
+        repeats.write_lines(BOUND)
+        return self._records
 
     def of(self, part: str) -> list[str]:
         """Return the lines that contain `part`."""
+        lines = self.lines
         with self._changed:
-            return [line for line in self.lines if part in line]
+            return [line for line in lines if part in line]
 
     def above(self, level: int) -> list[str]:
         """Return the lines of `level` and more."""
+        lines = self.lines
         with self._changed:
             return [
-                line for line, record in zip(self.lines, self.records, strict=True) if record.levelno >= level
+                line for line, record in zip(lines, self._records, strict=True) if record.levelno >= level
             ]
 
     def wait(self, part: str, count: int = 1) -> list[str]:
@@ -92,8 +106,8 @@ class Logs(logging.Handler):
     def wait_until(self, predicate: Callable[[list[str]], bool]) -> None:
         """Wait until the lines fulfil `predicate`."""
         with self._changed:
-            if not self._changed.wait_for(lambda: predicate(self.lines), BOUND):  # pragma: no branch
-                raise AssertionError(f"waited {BOUND} s for a line, logged: {self.lines}")
+            if not self._changed.wait_for(lambda: predicate(self._lines), BOUND):  # pragma: no branch
+                raise AssertionError(f"waited {BOUND} s for a line, logged: {self._lines}")
 
 
 class Raising(logging.Handler):
@@ -204,8 +218,7 @@ class Core:
         self.queue = TaskQueue(NAME, capacity, conn_max)
         self.slots = self._slots_of(self.queue, slots, task_timeout)
         self.shutdown = Shutdown(self.slots, self.drainer)
-        drops = DropLog(self.queue, self.drainer.loop.call_later)
-        self.pool.use(Built(self.slots, self.shutdown, drops, conf.POOL))
+        self.pool.use(Built(self.slots, self.shutdown, conf.POOL))
         self.spawn = self.pool.spawn
         self.stats = partial(read_stats, self.queue)
         self.logs = Logs()
@@ -243,7 +256,8 @@ class Core:
             self.drainer.stop()
             left = self.threads()
             for thread in left:
-                thread.join(BOUND)
+                with suppress(RuntimeError):  # one of another pool is only being started
+                    thread.join(BOUND)
         finally:
             self.logs.__exit__()
         if exc_type is None:  # pragma: no branch  # unless the test fails
@@ -276,6 +290,7 @@ class Core:
             for thread in threading.enumerate()
             if thread not in self._before
             and thread.name.startswith("bgtasks")
+            and thread.name != "bgtasks-log-writer"
             and thread not in pools.drainer.threads()
             and not any(thread in each.threads() for each in pools.drainer.background)
         ]
@@ -330,8 +345,8 @@ def after_call(owner: Any, name: str, hook: Callable[[], object]) -> Iterator[No
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        delattr(owner, name)
-        hook()
+        if vars(owner).pop(name, None) is not None:  # or another thread has called it as well
+            hook()
         return result
 
     setattr(owner, name, call)

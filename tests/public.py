@@ -16,7 +16,8 @@ from django.urls import path
 import bgtasks
 from bgtasks import pools
 from bgtasks.core.places import State
-from tests.gate import Gate, wait_until
+from bgtasks.repeats import repeats
+from tests.gate import BOUND, Gate, wait_until
 
 SMALL = {"default": {"CAPACITY": 4, "CONN_MAX": 2}, "email": {"CAPACITY": 2, "CONN_MAX": 1}}
 
@@ -81,6 +82,8 @@ def shutting_down(*waited_for: Any, shutdown: Callable[..., Any] = bgtasks.shutd
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return the warnings, when what was handed over to another thread is written."""
+    repeats.write_lines(BOUND)
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 

@@ -49,6 +49,9 @@ PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
 
 MAILERS = {"default": {"BACKEND": "django.core.mail.backends.locmem.EmailBackend"}}  # Django 6.1
 
+if "BGTASKS_TEST_JOURNAL" in os.environ:
+    BGTASKS_JOURNAL = {"DIR": os.environ["BGTASKS_TEST_JOURNAL"]}
+
 USE_TZ = True
 TIME_ZONE = "UTC"
 LANGUAGE_CODE = "en"

@@ -91,9 +91,15 @@ def blocks(page: Path) -> list[Block]:
             text = textwrap.dedent(piece["indent"] + piece["text"])
             found.append(Block(piece["kind"], text, line + 1, mark if piece.start() == end else ""))
         elif piece["mark"].startswith("setup:"):
-            found.append(Block("python", piece["mark"].removeprefix("setup:"), line, ""))
+            found.append(Block("python", textwrap.dedent(piece["mark"].removeprefix("setup:")), line, ""))
         else:
             mark, end = piece["mark"], piece.end()
+    return found
+
+
+def snippet(page: str, containing: str) -> str:
+    """Return the one Python block of a page that contains a text."""
+    [found] = [block.text for block in blocks(ROOT / page) if containing in block.text]
     return found
 
 

@@ -567,8 +567,8 @@ def test_application_that_fails_at_its_startup_is_reported(
     [record] = [record for record in caplog.records if record.name == "bgtasks"]
     assert record.levelno == logging.WARNING
     assert re.fullmatch(
-        r"the application has failed at its startup \((AssertionError|RuntimeError)\): a server that goes on "
-        "all the same, as uvicorn does, will not announce its shutdown, and tasks are lost then",
+        r"the application failed at startup \((AssertionError|RuntimeError)\): a server that continues "
+        "anyway, as uvicorn does, will not announce its shutdown, and its tasks will be lost",
         record.getMessage(),
     )
 

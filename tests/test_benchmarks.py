@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from tests.processes import environment, run_python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.servers
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["burst", "call", "compute", "latency", "memory", "startup", "throughput"])
+@pytest.mark.parametrize("name", report.SCRIPTS)
 def test_script_runs(name: str) -> None:
     """Each script comes to its table, with targets that it holds its ratios against."""
     env = environment({"BENCHMARKS_QUICK": "1"})
@@ -30,8 +31,6 @@ def test_script_runs(name: str) -> None:
 
 def test_page_says_what_was_measured() -> None:
     """The page of the benchmarks is written from their results, and not by hand."""
-    from benchmarks import report
-
     assert (ROOT / "benchmarks" / "README.md").read_text() == report.page()
 
 
@@ -66,8 +65,6 @@ def test_only_compare_needs_the_benchmarks() -> None:
 
 def test_help_lists_the_scripts() -> None:
     """`python -m benchmarks --help` says what can be measured, and an unknown name is refused."""
-    from benchmarks import report
-
     code = "import runpy; runpy.run_module('benchmarks', run_name='__main__')"
     told = run_python(code, "--help").stdout
     refused = run_python(code, "no-such")

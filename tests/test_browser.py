@@ -6,6 +6,7 @@ the documentation.
 
 import os
 import re
+import secrets
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -20,10 +21,12 @@ from django.db import connection
 from pytest_django import Settings
 
 from bgtasks import conf
-from bgtasks.hooks import LAST
+from bgtasks.recent import LAST
 from tests.gate import BOUND
+from tests.monitoring.test_journal import leave
 from tests.processes import Server, free_port, program
 from tests.site.urls import LOCK
+from tests.test_demo import demo
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.browser]
 
@@ -59,11 +62,12 @@ class Site(Server):
         )
 
     def spawn(self, what: str, count: int, *, workers: int = 1, pool: str = "default") -> set[int]:
-        """Have tasks spawned until so many workers have answered; return their process ids."""
+        """Have each of so many workers spawn `count` tasks; return their process ids."""
         pids: set[Any] = set()
+        url, call = f"{self.url}/spawn/{pool}/{what}/{count}/", secrets.token_hex(8)
         while len(pids) < workers:
             # A connection each, so that it is not always the same worker that answers.
-            pids.add(httpx.get(f"{self.url}/spawn/{pool}/{what}/{count}/", timeout=BOUND).json()["pid"])
+            pids.add(httpx.get(url, params={"call": call}, timeout=BOUND).json()["pid"])
         return pids
 
 
@@ -218,11 +222,13 @@ def test_page_shows_both_workers_under_load(
 ) -> None:
     """Two processes appear together, and the page has no fault, whatever the theme and the width."""
     site.spawn("done", 40, workers=2)
-    site.spawn("fail", 1, workers=2)
+    site.spawn("fail", 2, workers=2)
     pids = site.spawn("held", 12, workers=2)
     page = visitor("view_background_tasks", "pause_pools", **options)
 
     rows = page.locator("#bt-processes tbody tr", has_text="default")
+    failure = page.locator(".bt-failure")
+    wait(page, "parseInt(document.querySelector('.bt-times')?.innerText.slice(2)) >= 4")
     wait(
         page,
         "pids => pids.every(pid => document.querySelector('#bt-processes').innerText.includes(':' + pid))",
@@ -233,7 +239,12 @@ def test_page_shows_both_workers_under_load(
     assert page.locator(".bt-pool", has_text="held-task").count() == 1
     width = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= width[1]
-    page.locator(".bt-failure summary").first.click()
+    width = page.locator("#bt-processes .bt-scroll").evaluate("node => [node.scrollWidth, node.clientWidth]")
+    assert width[0] <= width[1] or name == "narrow"
+    assert (
+        failure.locator(".bt-error").inner_text() == "ConnectionRefusedError: the mail server does not answer"
+    )
+    failure.locator("summary").click()
     picture(page, name)
     assert faults(page) == []
     assert page.said == []
@@ -243,9 +254,27 @@ def test_page_without_any_task(site: Any, visitor: Callable[..., Any]) -> None:
     """A site that has done nothing yet has a page that says so."""
     page = visitor("view_background_tasks")
     page.get_by_text("No task yet").first.wait_for()
-    assert page.locator(".bt-pause").count() == 0
+    assert page.locator(".bt-pause, .bt-cancel").count() == 0
+    wait(page, "document.querySelector('#bt-verdict').innerText === 'well All pools are well'")
+    assert not page.locator("#bt-start").is_visible()
     picture(page, "empty")
 
+    assert faults(page) == []
+    assert page.said == []
+
+
+def test_killed_process_is_listed(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """The page says what a killed process has lost, once another one has told of it."""
+    folder = tmp_path_factory.mktemp("journal")
+    monkeypatch.setenv("BGTASKS_TEST_JOURNAL", str(folder))
+    leave(folder, "lost", "lost")
+    request.getfixturevalue("site")
+    page = request.getfixturevalue("visitor")("view_background_tasks")
+    page.get_by_text("was killed with 2 tasks: 2 'lost'").wait_for()
+
+    assert page.locator("#bt-losses li").inner_text().endswith("web-1:41 was killed with 2 tasks: 2 'lost'")
     assert faults(page) == []
     assert page.said == []
 
@@ -263,7 +292,7 @@ def test_page_of_an_overloaded_site(site: Any, visitor: Callable[..., Any], held
     page = visitor(superuser=True)
     page.get_by_text("queue full").first.wait_for()
     deadline = monotonic() + BOUND
-    while page.locator(".bt-head .bt-badge").first.inner_text() != "full":
+    while "is full" not in page.locator("#bt-verdict").inner_text():
         assert monotonic() < deadline
         site.spawn("held", 5, workers=2)  # a slot that was late has made room in the queue
         page.wait_for_timeout(500)
@@ -313,22 +342,20 @@ def test_failure_shows_up_with_its_traceback(site: Any, visitor: Callable[..., A
 
 
 def test_stuck_slot_is_shown_with_its_stack(site: Any, visitor: Callable[..., Any], held: Any) -> None:
-    """A task past TASK_TIMEOUT is marked in red, as is its pool, and can be opened to see where it is."""
+    """A task past TASK_TIMEOUT is marked in red, and can be opened to see where it is."""
     site.spawn("held", 1, pool="strict")
     page = visitor("view_background_tasks")
     pool = page.locator(".bt-pool", has_text="strict")
-    pool.locator(".bt-head .bt-badge", has_text="1 stuck").wait_for()
+    page.locator("#bt-todo li", has_text="slots are stuck past TASK_TIMEOUT").wait_for()
     row = pool.locator(".bt-running tbody tr", has_text="held-task")
     mark = row.get_by_text("stuck", exact=True)
     mark.wait_for()
     row.locator("summary").click()
     page.locator(".bt-running pre").wait_for()
 
-    red = [
-        tuple(map(int, re.findall(r"\d+", of.evaluate("node => getComputedStyle(node).color"))[:3]))
-        for of in (mark, pool.locator(".bt-head .bt-badge"))
-    ]
-    assert all(color[0] > 1.5 * max(color[1:]) for color in red), red
+    color = mark.evaluate("node => getComputedStyle(node).color")
+    red, *others = map(int, re.findall(r"\d+", color)[:3])
+    assert red > 1.5 * max(others), color
     assert "in pass_gate" in row.locator("pre").inner_text()
     picture(page, "stuck")
     assert faults(page) == []
@@ -360,29 +387,114 @@ def test_pool_is_paused_and_resumed_with_the_keyboard(site: Any, visitor: Callab
     button = page.get_by_role("button", name="Pause pool default")
     button.focus()
     page.keyboard.press("Enter")
+    page.get_by_role("dialog", name="Pause pool default?").wait_for()
+    page.keyboard.press("Escape")
+    wait(page, "document.activeElement.innerText === 'Pause pool…'")
+    page.keyboard.press("Enter")
+    assert faults(page) == []
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
     page.get_by_role("button", name="Resume pool default").wait_for()
-    wait(page, "document.activeElement.innerText === 'Resume'")  # it is not while it is disabled
+    page.get_by_text("Paused by ada, ").wait_for()
+    wait(page, "document.activeElement.innerText === 'Resume pool'")  # it is not while it is disabled
     # A worker that is idle hears of the pause with its next task.
     site.spawn("done", 1, workers=2)
-    rows = page.locator("#bt-processes tbody tr", has_text="default")
     wait(
         page,
         "[...document.querySelectorAll('#bt-processes tr')]"
-        ".filter(row => row.innerText.includes('paused')).length === 2",
+        ".filter(row => row.innerText.includes('default: paused')).length === 2",
     )
     site.spawn("done", 3, workers=2)
     wait(page, "parseInt(document.querySelector('.bt-now').innerText) >= 6")
 
     page.keyboard.press("Enter")
     wait(page, "parseInt(document.querySelector('.bt-now').innerText) === 0")
-    assert rows.count() == 2
+    page.get_by_role("button", name="Pause pool default").wait_for()
+    wait(page, "document.querySelector('#bt-verdict').innerText === 'well All pools are well'")
     assert page.said == []
 
 
-def test_page_can_be_held_still(site: Any, visitor: Callable[..., Any]) -> None:
+def test_waiting_tasks_are_cancelled_in_all_processes(
+    site: Any, visitor: Callable[..., Any], held: Any
+) -> None:
+    """After a question, both workers cancel what waits under the name; what runs goes on."""
+    site.spawn("held", 8, workers=2)
+    page = visitor("view_background_tasks", "cancel_waiting_tasks")
+    wait(page, "parseInt(document.querySelector('.bt-now')?.innerText) >= 8")
+    names = page.get_by_role("region", name="Tasks of pool default by name")
+    width = names.evaluate("node => [node.scrollWidth, node.clientWidth]")
+    assert width[0] <= width[1]
+    page.get_by_role("button", name="Cancel waiting tasks called held-task").click()
+    page.get_by_role("dialog", name="Cancel the waiting tasks called held-task?").wait_for()
+    picture(page, "cancel")
+    assert faults(page) == []
+    page.get_by_role("button", name="Cancel waiting tasks", exact=True).click()
+    page.locator("#bt-answer", has_text="tasks called held-task. The others follow").wait_for()
+    wait(page, "parseInt(document.querySelector('.bt-now').innerText) === 0")
+
+    tile = page.locator(".bt-pool", has_text="Pool default").locator(".bt-tile", has_text="Cancelled")
+    assert int(tile.locator("dd").inner_text()) >= 8
+    assert page.get_by_role("button", name="Cancel waiting tasks called held-task").count() == 0
+    assert page.said == []
+
+
+def test_page_without_its_script_says_what_is_missing(site: Any, visitor: Callable[..., Any]) -> None:
+    """Where static files were not collected, the page says so, and does not wait for ever."""
+    page = visitor("view_background_tasks", path="/admin/")
+    page.route("**/bgtasks/admin.js", lambda route: route.fulfill(status=404))
+    page.goto(f"{site.url}{PAGE}")
+
+    assert page.get_by_text("run manage.py collectstatic").is_visible()
+    assert not page.locator("#bt-main").is_visible()
+
+
+# What a site of many processes, pools and names answers, of which each is short of something.
+ALTER = """async url => {
+    const data = await (await fetch(url)).json();
+    const [process] = data.processes;
+    const [pool] = data.pools;
+    const range = (length, of) => Array.from({length}, (_, place) => of(place));
+    const name = (names, place) => ({...names[0], name: `task-${place}`, queued: place});
+    return JSON.stringify({...data,
+        processes: range(50, place => ({...process, id: `same:1:${place}`, host: "same", pid: 1})),
+        pools: range(20, place => ({...pool, name: `pool ${place} <b>`, names_known: 270,
+            names: range(20, at => name(pool.names, at))})),
+        unread: [{process: "other:2:x", problem: "is not JSON"}],
+    });
+}"""
+
+
+def test_page_of_many_processes_pools_and_names_stays_the_same(
+    site: Any, visitor: Callable[..., Any]
+) -> None:
+    """Containers with the same host and process id add no row at each look, and no name is taken for HTML."""
+    site.spawn("fail", 1)
+    page = visitor("view_background_tasks")
+    page.locator(".bt-failure").wait_for()
+    text = page.evaluate(ALTER, f"{PAGE}data/")
+    page.route("**/data/", lambda route: route.fulfill(body=text, content_type="application/json"))
+    page.locator("#bt-processes tbody tr", has_text="same:1 (").nth(49).wait_for()
+    rows = "document.querySelectorAll('#content-main tr, #content-main li, .bt-pool, .bt-failure').length"
+    before = page.evaluate(rows)
+    with page.expect_response("**/data/"), page.expect_response("**/data/"):
+        pass
+    settle(page)
+
+    assert page.evaluate(rows) == before
+    assert page.locator("#bt-states tbody tr").count() == 20
+    assert page.locator("#bt-unread").inner_text() == "The snapshot of other:2:x is not JSON."
+    page.locator("#bt-states a").nth(19).click()
+    page.get_by_text("250 more names are not shown.").last.wait_for()
+    width = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+    assert width[0] <= width[1]
+    picture(page, "many")
+    assert page.said == []
+
+
+def test_page_can_stop_refreshing(site: Any, visitor: Callable[..., Any]) -> None:
     """Whoever is disturbed by figures that change can stop them.
 
-    The clock of the page is the test's. A page that is not held still looks again within ten seconds of it,
+    The clock of the page is the test's. A page that refreshes looks again within ten seconds of it,
     as the end of the test shows.
     """
     site.spawn("done", 1)
@@ -391,8 +503,8 @@ def test_page_can_be_held_still(site: Any, visitor: Callable[..., Any]) -> None:
     page.clock.install()
     page.reload()
     page.locator(".bt-pool", has_text="done-task").wait_for()
-    page.get_by_role("button", name="Hold still").click()
-    page.get_by_role("button", name="Go on").wait_for()
+    page.get_by_role("button", name="Stop refreshing").click()
+    page.get_by_role("button", name="Refresh again").wait_for()
     settle(page)
     before = page.locator("#bt-summary").inner_text()
     requests: list[str] = []
@@ -404,7 +516,7 @@ def test_page_can_be_held_still(site: Any, visitor: Callable[..., Any]) -> None:
     page.evaluate("url => fetch(url).then(() => true)", last)
     assert (page.locator("#bt-summary").inner_text(), requests) == (before, [last])
 
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Refresh again").click()
     page.clock.run_for(10_000)
     page.locator(".bt-failure").wait_for()
 
@@ -439,3 +551,42 @@ def test_sizing_calculator_calculates(chromium: Any) -> None:
     assert "takes up to 8 connections, all of them 64 during a deploy; 90 are allowed: that fits." in fits
     assert "after 30.0 s, and needs a CAPACITY of 396." in fits
     assert "all of them 640 during a deploy; 90 are allowed: too many, even with one slot." in does_not
+
+
+def test_demo_shows_a_burst_fresh_or_stale(chromium: Any, tmp_path: Path) -> None:
+    """The switch on the dashboard says which burst is started, and its figures are shown, on a phone too."""
+    said = []
+    with demo(free_port(), tmp_path, "--sqlite", "--pool-size=3", "--task-seconds=1") as site:
+        page = chromium.new_page(viewport={"width": 390, "height": 844})
+        page.set_default_timeout(MS)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.goto(site.url)
+        for how in ("fresh", "stale"):
+            page.get_by_label(how, exact=True).check()
+            page.get_by_role("button", name="Sign up 20", exact=True).click()
+            page.locator(f".mean.{how} .result", has_text="20 at once").wait_for()
+        page.locator(".mean.fresh .result", has_text="20 at once, finished after").wait_for()
+        shown = dict(
+            zip(
+                page.locator(".mean.fresh dt").all_inner_texts(),
+                page.locator(".mean.fresh dd").all_inner_texts(),
+                strict=True,
+            )
+        )
+        sent, shed = int(shown["mails sent"]), int(shown["mails too old"])
+        wrong = faults(page)
+        page.emulate_media(color_scheme="dark")
+        wrong += faults(page)
+        width = page.evaluate("document.documentElement.scrollWidth")
+        page.close()
+        site.stop()
+
+    assert sent + shed == 20
+    assert sent
+    assert shed
+    assert shown["mails lost"] == "0"
+    assert re.fullmatch(r"\d+\.\d s", shown["oldest sent"])
+    assert width == 390
+    assert wrong == []
+    assert said == []

@@ -17,9 +17,11 @@ from pytest_django import Settings
 
 import bgtasks.asgi
 from bgtasks import conf
-from bgtasks.checks import check_database_pools, check_settings
+from bgtasks.checks import check_database_pools, check_journal, check_settings
+from bgtasks.monitoring import journal_file
+from bgtasks.pools import pools
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "checks.md"
 
 
 def ours(**options: Any) -> list[Any]:
@@ -84,10 +86,10 @@ def test_check_fails_on_a_mistake_and_lists_all(settings: Settings) -> None:
 
 
 def test_ids_are_documented() -> None:
-    """The README explains every id that the code reports, each once, and no other."""
-    source = "".join(path.read_text() for path in Path(bgtasks.__file__).parent.glob("*.py"))
+    """The page of the checks explains every id that the code reports, each once, and no other."""
+    source = "".join(path.read_text() for path in Path(bgtasks.__file__).parent.rglob("*.py"))
     reported = re.findall(r'"(bgtasks\.[EW]\d{3})"', source)
-    documented = re.findall(r"^\| `(bgtasks\.[EW]\d{3})` \|", README.read_text(), re.MULTILINE)
+    documented = re.findall(r"^\| `(bgtasks\.[EW]\d{3})` \|", PAGE.read_text(), re.MULTILINE)
 
     assert len(reported) == len(set(reported))
     assert documented == sorted(reported)
@@ -115,6 +117,50 @@ def test_mistakes_in_the_snapshots_are_reported(value: Any, ids: list[str], sett
 
     assert [message.id for message in check_settings()] == ids
     assert (conf.snapshot_config() is None) is bool(ids or value is None)
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"),
+    [
+        (None, []),
+        ({"DIR": "/run/mysite"}, []),
+        ({"DIR": Path("run")}, []),
+        ("/run/mysite", ["bgtasks.E070"]),
+        ({"DIR": "/run/mysite", "SIZE": 1}, ["bgtasks.E071"]),
+        ({}, ["bgtasks.E072"]),
+        ({"DIR": ""}, ["bgtasks.E072"]),
+        ({"dir": 5}, ["bgtasks.E071", "bgtasks.E072"]),
+    ],
+)
+def test_mistakes_in_the_journal_are_reported(value: Any, ids: list[str], settings: Settings) -> None:
+    """Each mistake in BGTASKS_JOURNAL is an error, and as long as there is one there is no journal."""
+    settings.BGTASKS_JOURNAL = value
+
+    assert [message.id for message in check_settings()] == ids
+    assert (pools.journal.folder is None) is bool(ids or value is None)
+    if ids:
+        assert check_journal() == []
+
+
+def test_folder_without_a_journal_is_warned_of(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal needs a folder that is there, that it may write, and a system with locks."""
+    settings.BGTASKS_JOURNAL = {"DIR": str(tmp_path)}
+    assert check_journal() == []
+    settings.BGTASKS_JOURNAL = {"DIR": str(tmp_path / "missing")}
+    [missing] = check_journal()
+    settings.BGTASKS_JOURNAL = {"DIR": str(tmp_path)}
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+        [forbidden] = check_journal()
+    monkeypatch.setattr(journal_file, "HAS_LOCKS", False)
+    [without_locks] = check_journal()
+
+    found = [missing, forbidden, without_locks]
+    assert [message.id for message in found] == ["bgtasks.W070", "bgtasks.W071", "bgtasks.W072"]
+    assert "which is no folder" in missing.msg
+    assert "may not write" in forbidden.msg
 
 
 # Connection pools of databases (W001).

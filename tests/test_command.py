@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from django.core.management import call_command
 from pytest_django import Settings
 
 from bgtasks.management.commands import bgtasks as command
+from bgtasks.monitoring.cache import place_keys, snapshot_key
 from tests.gate import Gate
 from tests.monitoring.test_publisher import Observed, cache, locmem, other, publish
 
@@ -48,11 +50,12 @@ def test_processes_and_tasks_are_shown(cache: BaseCache) -> None:
     """Pools, names, what runs, failures and processes each have a table, and no name moves the cursor."""
     content = busy()
     content["pools"][0]["running"][0]["stuck"] = content["pools"][0]["paused"] = True
+    content["pools"][0]["pause"] = {"id": "1", "by": "ada\n", "at": 12 * 3600.0}
     publish(cache, content)
     text, status = run()
 
     assert status == 0
-    assert "Pool core, paused: 1 of 5 waiting, 1 of 1 running" in text
+    assert "Pool core, paused by ada? since 12:00:00: 1 of 5 waiting, 1 of 1 running" in text
     assert "held?[2J" in text
     assert "(stuck)" in text
     assert "ValueError" in text
@@ -81,10 +84,11 @@ def test_drops_are_shown_with_their_number(cache: BaseCache) -> None:
     """What was dropped is shown with how often, and when the last time was, as far as that is known."""
     content = busy()
     [pool] = content["pools"]
-    pool["names"][0]["dropped"] = {"full": 172}
-    pool["names"][1]["dropped"] = {"shutdown": 3}
+    rows = {row["name"]: row for row in pool["names"]}
+    rows["bad"]["dropped"] = {"full": 172}
+    rows["held\x1b[2J"]["dropped"] = {"shutdown": 3}
     pool["drops"] = [
-        {"at": content["at"], "name": pool["names"][0]["name"], "reason": "full"},
+        {"at": content["at"], "name": "bad", "reason": "full"},
         {"at": content["at"], "name": "left-out", "reason": "full"},
     ]
     publish(cache, content)
@@ -107,20 +111,79 @@ def test_failures_of_the_engine_are_shown(cache: BaseCache) -> None:
 
 
 def test_json_is_the_overview(cache: BaseCache) -> None:
-    """For scripts there is all that is known."""
+    """For scripts there is all that is known but the charts, in one line."""
     publish(cache, busy())
     text, _ = run("--json")
 
-    assert [pool["name"] for pool in json.loads(text)["pools"]] == ["core"]
+    [line] = text.splitlines()
+    assert ", " not in line.replace("line ", "")[:200]
+    [pool] = json.loads(line)["pools"]
+    assert (pool["name"], pool["failures"][0]["error"]) == ("core", "ValueError")
+    assert "history" not in pool
+
+
+def test_failures_are_shown_with_their_time_and_message(cache: BaseCache) -> None:
+    """Equal ones are one line, which says how often, and when the last one was."""
+    content = busy()
+    [failure] = content["pools"][0]["failures"]
+    failure |= {"times": 333, "at": 18 * 3600.0, "message": "no\x1b such address"}
+    publish(cache, content)
+    text, _ = run()
+
+    [line] = [line for line in text.splitlines() if "x 333" in line]
+    assert line.startswith("bad ")
+    assert "18:00:00" in line
+    assert "ValueError: no? such address" in line
+
+
+def test_policies_are_shown_by_name(cache: BaseCache) -> None:
+    """What was shed, coalesced and retried has a column, and so has when a waiting task is tried again."""
+    content = busy()
+    [pool] = content["pools"]
+    pool |= {"delayed": 2, "due": 7.5}
+    [row] = [row for row in pool["names"] if row["name"] == "waits"]
+    row |= {"delayed": 2, "due": 7.5, "retried": 41, "ended": {"shed": 42, "coalesced": 43}}
+    publish(cache, content)
+    text, _ = run()
+    lines = text.splitlines()
+    [heads] = [line for line in lines if line.startswith("task ")]
+    [line] = [line for line in lines if line.startswith("waits ")]
+
+    assert "; 2 are delayed, the first for 7.5 s" in text
+    for head, value in {"delayed": "2", "retried": "41", "shed": "42", "coalesced": "43"}.items():
+        assert line[heads.index(f" {head} ") + 1 :].split()[0] == value
+    assert "in 7.5 s" in line
+
+
+def test_what_is_to_be_done_is_said(cache: BaseCache) -> None:
+    """A pool that is not well has a line that says why."""
+    content = busy()
+    content["pools"][0]["stats"]["queued"] = 5
+    publish(cache, content)
+    text, _ = run()
+
+    assert "Pool core, full: 5 of 5 waiting" in text
+    assert "\n  ! The queue is full in other:1: a new task is dropped" in text
+
+
+def test_snapshot_that_cannot_be_read_is_one_line(cache: BaseCache) -> None:
+    """The others are shown."""
+    publish(cache, busy())
+    cache.set_many({place_keys()[5]: "bad\n:7:x", snapshot_key("bad\n:7:x"): "not JSON"})
+    text, _ = run()
+
+    assert "Pool core, well" in text
+    assert "The snapshot of bad?:7:x is not JSON." in text.splitlines()
 
 
 def test_status_is_2_if_no_process_can_be_seen(cache: BaseCache) -> None:
-    """A script learns that there is nobody, and a person why."""
+    """A script learns that there is nobody, and a person why, and what to set."""
     text, status = run()
 
     assert status == 2
     assert "local memory" in text
-    assert "No process has published anything" in text
+    assert "Set a cache that the processes share, in CACHES" in text
+    assert "No process can be seen. A process is shown from its first task" in text
 
 
 @pytest.mark.parametrize("changes", [{"idle": False, "at": 0}, {"drainer": "dead"}])
@@ -129,6 +192,18 @@ def test_status_is_1_if_a_process_is_unwell(changes: Any, cache: BaseCache) -> N
     publish(cache, busy(**changes))
 
     assert run()[1] == 1
+
+
+def test_process_whose_loss_is_told_is_not_unwell(cache: BaseCache) -> None:
+    """What it has lost is said instead."""
+    publish(cache, busy(idle=False, at=0))
+    loss = {"at": 50.0, "host": "other", "pid": 1, "tasks": 2, "names": "2 'lost'"}
+    publish(cache, busy(id="teller", host="teller", losses=[loss]), number=1)
+    text, status = run()
+
+    assert status == 0
+    assert "has not been seen" not in text
+    assert re.search(r"^other:1 +2 +2 'lost'", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("figure", "value"), [("queued", 5), ("stuck", 1)])

@@ -4,6 +4,7 @@ A new version in which a claim is no longer true, or that the page does not name
 """
 
 import asyncio
+import os
 import re
 from contextvars import ContextVar
 from importlib.metadata import files, version
@@ -29,8 +30,26 @@ PACKAGES = {
     "huey": "huey",
     "django-q2": "django-q2",
     "django-tasks-db": "django-tasks-db",
+    "Procrastinate": "procrastinate",
+    "Dramatiq": "dramatiq",
+    "django-vtasks": "django-vtasks",
+    "dj-queue": "dj-queue",
+    "django-tasks-local-db": "django-tasks-local-db",
+    "django-dbtasks": "django-dbtasks",
+    "DBOS": "dbos",
 }
-WITH_WORKERS = ["celery", "rq", "django-rq", "huey", "django-q2", "django-tasks-db"]
+RUBY = {("Queue", "1.5"), ("GoodJob", "4.19")}  # read, not run
+DURABLE = [
+    "django-vtasks",
+    "dj-queue",
+    "django-tasks-local-db",
+    "django-dbtasks",
+    "dbos",
+]  # in the web process
+WITH_WORKERS = [
+    *["celery", "rq", "django-rq", "huey", "django-q2", "django-tasks-db", "procrastinate", "dramatiq"],
+    *DURABLE,
+]
 
 who: ContextVar[str] = ContextVar("who", default="nobody")
 
@@ -53,7 +72,7 @@ def test_the_versions_in_the_table_heads_are_those_that_are_tested() -> None:
     heads = "".join(re.findall(r"^\| \|.*\|$", PAGE, re.MULTILINE))
     named = set(re.findall(r"([\w-]+) (\d+\.\d+)", heads))
 
-    assert named == {(name, ".".join(version(it).split(".")[:2])) for name, it in PACKAGES.items()}
+    assert named - RUBY == {(name, ".".join(version(it).split(".")[:2])) for name, it in PACKAGES.items()}
 
 
 def test_which_packages_have_a_backend_for_the_tasks_of_django() -> None:
@@ -61,7 +80,14 @@ def test_which_packages_have_a_backend_for_the_tasks_of_django() -> None:
     others = [package for package in PACKAGES.values() if package != "django-bgtasks"]
     backends = {package for package in others if "BaseTaskBackend" in source(package)}
 
-    assert backends == {"django-tasks-local", "huey", "django-tasks-db"}
+    assert backends == {
+        "django-tasks-local",
+        "huey",
+        "django-tasks-db",
+        "django-vtasks",
+        "dj-queue",
+        "django-dbtasks",
+    }
 
 
 @pytest.mark.parametrize("package", WITH_WORKERS)
@@ -427,3 +453,292 @@ def test_django_tasks_db_is_part_of_the_transaction_and_forgets_a_killed_worker(
         "ready 0",
         "('RUNNING', None) ('SUCCESSFUL', 7)",
     ], process.stderr
+
+
+# Those that store tasks and run them in the web process
+
+ENGINES = {
+    "vtasks": ("django_vtasks.backends.db.DatabaseTaskBackend", ["django_vtasks", "django_vtasks.db"]),
+    "dj-queue": ("dj_queue.backend.DjQueueBackend", ["dj_queue"]),
+    "local-db": ("django_tasks_local_db.LocalDBBackend", ["django_tasks_db", "django_tasks_local_db"]),
+    "dbtasks": ("dbtasks.backend.DatabaseBackend", ["dbtasks"]),
+}
+SITE = """
+import asyncio, os, sys, threading, time
+import django
+from django.conf import settings
+backend, *apps = sys.argv[2:]
+settings.configure(
+    INSTALLED_APPS=["django.contrib.contenttypes", "django.contrib.auth", *apps],
+    DATABASES={
+        "default": {
+            "ENGINE": "django.db.backends.sqlite3",
+            "NAME": sys.argv[1],
+            "OPTIONS": {"transaction_mode": "IMMEDIATE", "timeout": 30},
+        }
+    },
+    TASKS={"default": {"BACKEND": backend, "OPTIONS": {}}},
+    DEFAULT_AUTO_FIELD="django.db.models.BigAutoField",
+    USE_TZ=True,
+)
+django.setup()
+from contextvars import ContextVar
+from django.core.management import call_command
+from django.db import transaction
+from django.tasks import default_task_backend, task
+from django.utils import translation
+call_command("migrate", verbosity=0)
+who = ContextVar("who", default="nobody")
+ran = threading.Event()
+seen = []
+
+@task
+def look():
+    seen.append((os.getpid(), who.get(), translation.get_language()))
+    ran.set()
+
+async def request():
+    who.set("ada")
+    translation.activate("fr")
+    await look.aenqueue()
+
+"""
+ROLLED_BACK = """
+from django.db import connection
+def rows():
+    tables = connection.introspection.table_names()
+    return sum(
+        connection.cursor().execute(f'SELECT count(*) FROM "{name}"').fetchone()[0]
+        for name in tables if not name.startswith(("django_migrations", "django_content", "auth_"))
+    )
+before = rows()
+try:
+    with transaction.atomic():
+        look.enqueue()
+        assert rows() > before
+        raise ZeroDivisionError
+except ZeroDivisionError:
+    print("rolled back", rows() - before)
+look.enqueue()
+print("stored", rows() > before)
+"""
+
+
+def run_site(engine: str, code: str, tmp_path: Path) -> list[str]:
+    backend, apps = ENGINES[engine]
+    env = {"PYTHONWARNINGS": "ignore"}
+    process = run_python(SITE + code, str(tmp_path / "db.sqlite3"), backend, *apps, env=env)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_durable_tasks_are_stored_in_the_transaction_of_the_request(engine: str, tmp_path: Path) -> None:
+    """A rolled back transaction leaves no task, a committed one does."""
+    code = "import django_tasks_local_db.backend as b; b.LocalDBBackend.close(default_task_backend)\n"
+    still = code if engine == "local-db" else ""  # its thread runs the task at once
+    assert run_site(engine, still + ROLLED_BACK + "os._exit(0)", tmp_path) == ["rolled back 0", "stored True"]
+
+
+IN_LIFESPAN = """
+async def main(application):
+    to_app, from_app = asyncio.Queue(), asyncio.Queue()
+    lifespan = asyncio.create_task(application({"type": "lifespan"}, to_app.get, from_app.put))
+    await to_app.put({"type": "lifespan.startup"})
+    print((await from_app.get())["type"])
+    await asyncio.create_task(request())
+    await asyncio.to_thread(ran.wait, 60)
+    await to_app.put({"type": "lifespan.shutdown"})
+    print((await from_app.get())["type"])
+    await lifespan
+
+async def refuse(scope, receive, send): ...
+"""
+IN_WEB_PROCESS = {
+    "vtasks": """
+from django_vtasks.asgi import get_worker_application
+asyncio.run(main(get_worker_application(refuse)))
+""",
+    "dj-queue": """
+from dj_queue.contrib.asgi import DjQueueLifespan
+asyncio.run(main(DjQueueLifespan(refuse, forward_wrapped_lifespan=False)))
+""",
+    "local-db": """
+asyncio.run(request())  # its thread has started with Django
+ran.wait(60)
+default_task_backend.close()
+""",
+    "dbtasks": """
+from dbtasks.runner import Runner
+runner = Runner(workers=1, worker_id="in-process")
+thread = threading.Thread(target=runner.run)
+thread.start()
+asyncio.run(request())
+ran.wait(60)
+runner.stop()
+thread.join()
+""",
+}
+
+
+@pytest.mark.parametrize("engine", IN_WEB_PROCESS)
+def test_durable_tasks_run_in_the_process_and_see_nothing_of_the_caller(engine: str, tmp_path: Path) -> None:
+    """One process is enough; context variables and the language stay where they were."""
+    code = (
+        IN_LIFESPAN + IN_WEB_PROCESS[engine] + "print(seen == [(os.getpid(), 'nobody', 'en-us')], len(seen))"
+    )
+    lines = run_site(engine, code, tmp_path)
+
+    if engine in {"vtasks", "dj-queue"}:
+        assert lines[:-1] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert lines[-1] == "True 1"
+
+
+def test_django_dbtasks_refuses_async_functions_and_the_others_accept_them(tmp_path: Path) -> None:
+    """The row "async def"."""
+    code = """
+from django.tasks.exceptions import InvalidTask
+async def answer(): return 7
+try:
+    task(answer)
+    print("accepted")
+except InvalidTask:
+    print("refused")
+os._exit(0)
+"""
+    said = {}
+    for engine in ENGINES:
+        (tmp_path / engine).mkdir()
+        said[engine] = run_site(
+            engine, "import __main__; __main__.__name__ = 'site_tasks'" + code + "", tmp_path / engine
+        )[-1]
+
+    assert said == {
+        "vtasks": "accepted",
+        "dj-queue": "accepted",
+        "local-db": "accepted",
+        "dbtasks": "refused",
+    }
+
+
+def test_django_tasks_local_db_runs_the_task_of_a_killed_process_again(tmp_path: Path) -> None:
+    """After HEARTBEAT_TIMEOUT, 30 s, in any process that lives."""
+    code = """
+import datetime
+from django.utils import timezone
+from django_tasks_db.models import DBTaskResult
+from django_tasks_local_db.models import TaskHeartbeat
+default_task_backend.close()
+look.enqueue()
+row = DBTaskResult.objects.get()
+row.claim("a process that is killed now")
+dead = timezone.now() - datetime.timedelta(seconds=31)
+TaskHeartbeat.objects.create(task_result=row, last_heartbeat_at=dead)
+default_task_backend._watcher_tick()
+ran.wait(60)
+default_task_backend.close()
+print(len(seen), DBTaskResult.objects.get().status)
+"""
+    assert run_site("local-db", code, tmp_path)[-1] == "1 SUCCESSFUL"
+
+
+def test_django_vtasks_fails_the_task_of_a_killed_process(tmp_path: Path) -> None:
+    """Unless `max_rescues` is raised from 0; then it runs again."""
+    code = """
+from django_vtasks.conf import settings as vtasks
+print(vtasks.VTASKS_MAX_RESCUES, vtasks.VTASKS_CONCURRENCY)
+"""
+    assert run_site("vtasks", code, tmp_path)[-1] == "0 20"
+
+
+DBOS = """
+import os, sys
+from dbos import DBOS
+config = {"name": "site", "application_version": "1", "log_level": "ERROR"}
+DBOS(config={**config, "system_database_url": sys.argv[1]})
+
+@DBOS.step()
+def first():
+    print("first", flush=True)
+
+@DBOS.workflow()
+def work():
+    first()
+    if sys.argv[2] == "killed":
+        os._exit(9)
+    print("second", flush=True)
+
+DBOS.launch()
+"""
+
+
+def test_dbos_resumes_the_workflow_of_a_killed_process_after_its_last_step(tmp_path: Path) -> None:
+    """The next start of the process goes on, without the step that was done."""
+    env = {"PYTHONWARNINGS": "ignore"}
+    path = f"postgresql://postgres@/dbos?host={os.environ['BGTASKS_TEST_POSTGRESQL']}"
+    killed = run_python(DBOS + "DBOS.start_workflow(work).get_result()", path, "killed", env=env)
+    resumed = run_python(
+        DBOS
+        + "[it] = DBOS.list_workflows()\nDBOS.retrieve_workflow(it.workflow_id).get_result()\nDBOS.destroy()",
+        path,
+        "lives",
+        env=env,
+    )
+
+    assert (killed.returncode, killed.stdout) == (9, "first\n"), killed.stderr
+    assert (resumed.returncode, resumed.stdout) == (0, "second\n"), resumed.stderr
+
+
+# Procrastinate and Dramatiq
+
+
+def test_dramatiq_awaits_retries_and_raises_if_its_broker_is_down() -> None:
+    """A worker runs coroutines with a middleware; Redis that is down is an error of the request."""
+    import dramatiq
+    from dramatiq.brokers.redis import RedisBroker
+    from dramatiq.brokers.stub import StubBroker
+    from dramatiq.middleware import AsyncIO, Retries
+    from redis.exceptions import ConnectionError as NoRedis
+
+    answers: list[int] = []
+    broker = StubBroker()
+    broker.add_middleware(AsyncIO())
+
+    @dramatiq.actor(broker=broker)
+    async def ask() -> None:
+        answers.append(await answer())
+
+    worker = dramatiq.Worker(broker, worker_timeout=10)
+    worker.start()
+    ask.send()
+    broker.join(ask.queue_name, timeout=int(BOUND * 1000))
+    worker.join()
+    worker.stop()
+
+    assert answers == [7]
+    assert [it.max_retries for it in broker.middleware if isinstance(it, Retries)] == [20]
+    with pytest.raises(NoRedis):
+        dramatiq.actor(broker=RedisBroker(url="redis://127.0.0.1:1/0"), actor_name="down")(print).send()
+
+
+def test_procrastinate_runs_async_functions_one_at_a_time() -> None:
+    """With the defaults, and in the process that calls run_worker_async()."""
+    import procrastinate
+    from procrastinate.testing import InMemoryConnector
+    from procrastinate.worker import WORKER_CONCURRENCY
+
+    answers: list[int] = []
+    app = procrastinate.App(connector=InMemoryConnector())
+
+    @app.task
+    async def ask() -> None:
+        answers.append(await answer())
+
+    async def main() -> None:
+        async with app.open_async():
+            await ask.defer_async()
+            await app.run_worker_async(wait=False, install_signal_handlers=False, listen_notify=False)
+
+    asyncio.run(main())
+    assert answers == [7]
+    assert WORKER_CONCURRENCY == 1

@@ -176,13 +176,13 @@ def test_setting_that_is_no_dictionary(pools: Any) -> None:
     assert problem.hint == 'Write BGTASKS = {"default": {"CAPACITY": 1024, "CONN_MAX": 8}}.'
 
 
-@pytest.mark.parametrize("name", [None, "", 1, b"email", ("email",)])
+@pytest.mark.parametrize("name", [None, "", 1, b"email", ("email",), "half \ud800"])
 def test_name_that_is_no_name(name: str) -> None:
     """E002 shows the name."""
     problem = problem_of({name: {}})
 
     assert problem.id == "bgtasks.E002"
-    assert problem.message == f"BGTASKS has the pool name {name!r}, which is not a non-empty string."
+    assert problem.message == f"BGTASKS has the pool name {name!r}, which is no non-empty Unicode string."
     assert problem.hint == 'Name the pool by a string, such as "email".'
 
 

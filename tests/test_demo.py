@@ -93,19 +93,45 @@ def test_demo_works_off_a_burst_of_each_means_on_sqlite(tmp_path: Path, browser:
     """Without PostgreSQL the demo says so, and works all the same."""
     port = free_port()
     with demo(port, tmp_path, "--sqlite") as server:
-        for how in ("thread", "executor", "bgtasks"):
+        for how in ("thread", "executor", "executor-8", "bgtasks", "fresh", "stale"):
             post(browser, server.url, f"{server.url}/bursts/", how=how, count="5")
         figures = live(
             browser,
             server.url,
-            lambda figures: len(figures["bursts"]) == 3 and all(each["ended"] for each in figures["bursts"]),
+            lambda figures: len(figures["bursts"]) == 6 and all(each["ended"] for each in figures["bursts"]),
         )
 
         assert server.stop() == 0
 
-    assert [each["done"] for each in figures["bursts"]] == [5, 5, 5]
+    assert [each["done"] for each in figures["bursts"]] == [5, 5, 5, 5, 5, 5]
     assert figures["pool"] is None
     assert "Running on SQLite because of --sqlite" in server.output
+
+
+def test_demo_sheds_the_mails_of_a_fresh_burst_that_are_too_old(tmp_path: Path, browser: Any) -> None:
+    """Of twice what can be sent in ten seconds some is shed, and every burst is told of its own."""
+    with demo(free_port(), tmp_path, "--sqlite", "--pool-size=3", "--task-seconds=1") as server:
+        (twice,) = re.findall(r'value="(\d+)">Sign up', browser.get(server.url).text)
+        bursts = [
+            post(browser, server.url, f"{server.url}/bursts/", how="fresh", count=count).json()["key"]
+            for count in (twice, "3")
+        ]
+
+        def accounts() -> list[Any]:
+            return [browser.get(f"{server.url}/bursts/{key}/").raise_for_status().json() for key in bursts]
+
+        live(browser, server.url, lambda _: all(each["ended"] for each in accounts()))
+        first, second = accounts()
+        figures = live(browser, server.url, lambda _: True)
+        server.stop()
+
+    assert twice == "20"
+    assert first["done"] > 0
+    assert first["shed"] > 0
+    assert first["done"] == first["rows"]
+    assert [each["done"] + each["shed"] for each in (first, second)] == [20, 3]
+    assert first["shed"] + second["shed"] == figures["tasks"]["shed"]
+    assert 0 < first["oldest"] <= first["ended"] - first["started"]
 
 
 def test_demo_shows_its_background_tasks_in_the_admin_and_in_a_terminal(tmp_path: Path, browser: Any) -> None:

@@ -2,11 +2,11 @@
 
 import gc
 import logging
-import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -14,13 +14,14 @@ from django.test import override_settings
 
 import bgtasks
 from bgtasks import pools, testing
-from bgtasks.core.figures import DropReason
+from bgtasks.core.figures import DropReason, ShedReason
 from bgtasks.core.log import logger
 from bgtasks.core.queue import TaskQueue
-from bgtasks.drops import DROP_INTERVAL, DROP_NAMES, DropLog
+from bgtasks.drops import warn
+from bgtasks.repeats import repeats
 from bgtasks.signals import task_dropped, task_spawned
 from tests.gate import BOUND, Gate
-from tests.pool import Calling, Core, Logs, Raising
+from tests.pool import Calling, Core, Logs
 from tests.public import (
     SMALL,
     connected,
@@ -33,66 +34,10 @@ from tests.public import (
     warned,
 )
 
-COUNT = re.compile(r"dropped (\d+) times more")
-
-
-class Clock:
-    """A clock that the test moves, and the calls that are due on it."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.calls: list[tuple[float, Callable[[], object]]] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def later(self, delay: float, callback: Callable[[], object]) -> None:
-        self.calls.append((self.now + delay, callback))
-
-    def advance(self, seconds: float) -> None:
-        """Let time go by and make the calls that have come due."""
-        self.now += seconds
-        due = [callback for at, callback in self.calls if at <= self.now]
-        self.calls = [(at, callback) for at, callback in self.calls if at > self.now]
-        for callback in due:
-            callback()
-
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    clock = Clock()
-    monkeypatch.setattr("bgtasks.drops.monotonic", clock)
-    return clock
-
-
-@pytest.fixture
-def drops(clock: Clock) -> Any:
-    return DropLog(TaskQueue("mail", 5, 1), clock.later)
-
-
-@pytest.fixture
-def logs() -> Iterator[Any]:
-    with Logs() as logs:
-        yield logs
-
-
-def counted(lines: list[str]) -> int:
-    """Return how many drops the lines report in all."""
-    return sum(int(match[1]) if (match := COUNT.search(line)) else 1 for line in lines)
-
-
-@pytest.fixture
-def handler() -> Iterator[Any]:
-    """Return a function that adds a handler to the logger for the time of the test."""
-    added: list[logging.Handler] = []
-
-    def add(handler: logging.Handler) -> None:
-        added.append(handler)
-        logger.addHandler(handler)
-
-    yield add
-    for one in added:
-        logger.removeHandler(one)
+def queue() -> Any:
+    return TaskQueue("mail", 5, 1)
 
 
 # In a pool.
@@ -205,12 +150,12 @@ def test_spawn_without_a_thread_to_be_had_returns_false(
     assert (stats.spawned, stats.dropped, stats.queued) == (1, 1, 0)
 
 
-# The warnings.
+# The warnings. How often they are written is a matter of bgtasks.repeats.
 
 
-def test_first_drop_is_warned_of_at_once(drops: DropLog, logs: Logs) -> None:
+def test_first_drop_is_warned_of_at_once(queue: TaskQueue, logs: Logs) -> None:
     """The warning of the first drop names the task, the pool and the reason."""
-    drops.note("send-mail", DropReason.FULL)
+    warn(queue, "send-mail", DropReason.FULL)
 
     assert logs.lines == ["task 'send-mail' dropped: pool 'mail' is full (capacity 5)"]
     assert logs.records[0].levelno == logging.WARNING
@@ -226,9 +171,9 @@ def test_first_drop_is_warned_of_at_once(drops: DropLog, logs: Logs) -> None:
         (DropReason.PROPAGATOR, "a propagator could not capture its value"),
     ],
 )
-def test_warning_says_why(drops: DropLog, logs: Logs, reason: Any, why: Any) -> None:
+def test_warning_says_why(queue: TaskQueue, logs: Logs, reason: Any, why: Any) -> None:
     """Each reason has its words, and is in the record for a machine."""
-    drops.note("send-mail", reason)
+    warn(queue, "send-mail", reason)
 
     assert logs.lines == [f"task 'send-mail' dropped: {why}"]
     record = logs.records[0]
@@ -236,144 +181,26 @@ def test_warning_says_why(drops: DropLog, logs: Logs, reason: Any, why: Any) -> 
     assert record.queue_length == 0
 
 
-def test_second_drop_within_the_interval_is_not_warned_of(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """A full queue does not log once a request."""
-    drops.note("send-mail", DropReason.FULL)
-    clock.advance(DROP_INTERVAL - 1)
+def test_further_drops_are_counted_and_told_at_the_end(queue: TaskQueue, logs: Logs) -> None:
+    """The second warning says how many were left out, with the last reason. A shed task is told apart."""
+    warn(queue, "send-mail", DropReason.FULL)
+    warn(queue, "send-mail", DropReason.FULL)
+    warn(queue, "send-mail", DropReason.SHUTDOWN)
+    warn(queue, "send-mail", ShedReason.EXPIRED)
+    warn(queue, "resize", DropReason.FULL)
 
-    drops.note("send-mail", DropReason.FULL)
+    repeats.flush()
 
-    assert len(logs.lines) == 1
-
-
-def test_suppressed_drops_are_reported_when_the_interval_is_over(
-    drops: DropLog, logs: Logs, clock: Clock
-) -> None:
-    """The count of the drops left out is logged once the interval is over, without another drop."""
-    for _ in range(5):
-        drops.note("send-mail", DropReason.FULL)
-
-    clock.advance(DROP_INTERVAL)
-
-    assert logs.lines[1:] == ["task 'send-mail' dropped 4 times more: pool 'mail' is full (capacity 5)"]
-
-
-def test_interval_without_drops_is_not_reported(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """Nothing is logged, and nothing is due any more, if there was nothing to leave out."""
-    drops.note("send-mail", DropReason.FULL)
-
-    clock.advance(DROP_INTERVAL)
-
-    assert len(logs.lines) == 1
-    assert clock.calls == []
-
-
-def test_report_of_suppressed_drops_begins_a_new_interval(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """As long as tasks are dropped there is one line an interval."""
-    for _ in range(3):
-        drops.note("send-mail", DropReason.FULL)
-        drops.note("send-mail", DropReason.FULL)
-        clock.advance(DROP_INTERVAL)
-
-    assert [counted([line]) for line in logs.lines] == [1, 1, 2, 2]
-
-
-def test_drop_after_a_quiet_time_is_warned_of_at_once(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """The limit is on the rate: a drop that comes alone is always said."""
-    drops.note("send-mail", DropReason.FULL)
-    clock.advance(DROP_INTERVAL)
-
-    drops.note("send-mail", DropReason.FULL)
-
-    assert logs.lines == ["task 'send-mail' dropped: pool 'mail' is full (capacity 5)"] * 2
-
-
-def test_next_drop_reports_if_nothing_called_back(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """If the drainer that would call back has gone, the next drop after the interval tells the count."""
-    for _ in range(3):
-        drops.note("send-mail", DropReason.FULL)
-    clock.calls.clear()
-    clock.now += DROP_INTERVAL
-
-    drops.note("send-mail", DropReason.FULL)
-
-    assert counted(logs.lines[1:]) == 3
-
-
-def test_each_name_has_a_limit_of_its_own(drops: DropLog, logs: Logs) -> None:
-    """A name that is dropped all the time does not hide the first drop of another."""
-    drops.note("send-mail", DropReason.FULL)
-    drops.note("send-mail", DropReason.FULL)
-
-    drops.note("resize", DropReason.FULL)
-
-    assert [record.task for record in logs.records] == ["send-mail", "resize"]
-
-
-def test_names_past_the_limit_share_one_warning(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """Names made of ids cannot fill the memory nor the log: further ones are counted together."""
-    for i in range(DROP_NAMES + 10):
-        drops.note(f"mail-{i}", DropReason.FULL)
-    clock.advance(DROP_INTERVAL)
-
-    assert len(logs.of("'(of many names)'")) == 2
-    assert counted(logs.lines) == DROP_NAMES + 10
-    assert len(drops._names) == DROP_NAMES + 1
-
-
-def test_known_name_keeps_its_own_warning_past_the_limit(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """A name that was there before the limit was reached is told apart for good."""
-    drops.note("send-mail", DropReason.FULL)
-    for i in range(DROP_NAMES):
-        drops.note(f"mail-{i}", DropReason.FULL)
-
-    drops.note("send-mail", DropReason.FULL)
-    clock.advance(DROP_INTERVAL)
-
-    assert counted(logs.of("'send-mail'")) == 2
-
-
-def test_handler_that_raises_does_not_reach_the_spawner(
-    drops: DropLog, handler: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A broken handler does not make spawn raise; the line goes to standard error."""
-    handler(Raising(ValueError("broken handler")))
-
-    drops.note("send-mail", DropReason.FULL)
-
-    assert "task 'send-mail' dropped: pool 'mail' is full" in capsys.readouterr().err
-
-
-def test_signal_in_a_handler_reaches_the_spawner_and_the_next_drop_is_logged(
-    drops: DropLog, logs: Logs, handler: Any, clock: Clock
-) -> None:
-    """A SystemExit that a signal handler raises while a line is written is passed on, and ends no log."""
-    broken = Raising(SystemExit())
-    handler(broken)
-    with pytest.raises(SystemExit):
-        drops.note("send-mail", DropReason.FULL)
-    logger.removeHandler(broken)
-    clock.advance(DROP_INTERVAL)
-
-    drops.note("send-mail", DropReason.FULL)
-
-    assert len(logs.lines) == 2
-
-
-def test_handler_that_is_dropped_itself_does_not_recurse(
-    drops: DropLog, logs: Logs, handler: Any, clock: Clock
-) -> None:
-    """A logging handler that spawns, and is dropped, is counted and does not come back to itself."""
-    handler(Calling(lambda: drops.note("send-mail", DropReason.FULL)))
-
-    drops.note("send-mail", DropReason.FULL)
-    clock.advance(DROP_INTERVAL)
-
-    assert counted(logs.lines) == 2
+    assert logs.lines == [
+        "task 'send-mail' dropped: pool 'mail' is full (capacity 5)",
+        "task 'send-mail' shed: it waited in pool 'mail' for longer than it may",
+        "task 'resize' dropped: pool 'mail' is full (capacity 5)",
+        "task 'send-mail' dropped again (2 more): pool 'mail' is shut down",
+    ]
 
 
 def test_handler_that_spawns_into_the_full_pool_goes_on() -> None:
-    """The same with a real pool: a handler that spawns what it logs gets False."""
+    """A handler that spawns what it logs gets False."""
     spawned: list[bool] = []
     with Core(capacity=1, conn_max=1) as core, Gate() as gate:
         calling = Calling(lambda: spawned.append(core.spawn("log-to-db", gate)))
@@ -383,6 +210,7 @@ def test_handler_that_spawns_into_the_full_pool_goes_on() -> None:
         logger.addHandler(calling)
         try:
             assert core.spawn("one too many", gate) is False
+            repeats.write_lines(BOUND)
         finally:
             logger.removeHandler(calling)
 
@@ -391,120 +219,68 @@ def test_handler_that_spawns_into_the_full_pool_goes_on() -> None:
         assert core.stats().dropped == 2
 
 
-def test_reported_drops_of_threads_add_up(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """However many threads drop at once, and while time goes by, each drop is reported just once."""
-    start = threading.Barrier(9)
+def test_slow_handler_holds_up_no_spawn(queue: TaskQueue) -> None:
+    """The warning of a drop is written by another thread, and spawn answers while a handler hangs."""
+    answered = threading.Event()
+    waited: list[bool] = []
+    calling = Calling(lambda: waited.append(answered.wait(BOUND)))
+    logger.addHandler(calling)
+    try:
+        with full(pools.default):
+            assert bgtasks.spawn("one too many", print) is False
+            assert bgtasks.using(expires=60).spawn("one too many", print) is False
+            answered.set()
+            repeats.write_lines(BOUND)
+    finally:
+        logger.removeHandler(calling)
 
-    def drop() -> None:
-        start.wait(BOUND)
-        for _ in range(500):
-            drops.note("send-mail", DropReason.FULL)
-
-    threads = [threading.Thread(target=drop) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    start.wait(BOUND)
-    while any(thread.is_alive() for thread in threads):
-        clock.advance(DROP_INTERVAL)
-    for thread in threads:
-        thread.join()
-    clock.advance(DROP_INTERVAL)
-    clock.advance(DROP_INTERVAL)
-
-    assert counted(logs.lines) == 8 * 500
+    assert waited == [True]
 
 
-def test_drop_while_another_is_written_does_not_wait(
-    drops: DropLog, logs: Logs, handler: Any, clock: Clock
+def test_warning_is_written_in_the_context_of_the_spawner(queue: TaskQueue) -> None:
+    """A filter that adds the id of the request finds it, though another thread writes."""
+    request_id: ContextVar[str] = ContextVar("request_id", default="none")
+    seen: list[str] = []
+    calling = Calling(lambda: seen.append(request_id.get()))
+    logger.addHandler(calling)
+    token = request_id.set("r-1")
+    try:
+        warn(queue, "send-mail", DropReason.FULL)
+        repeats.write_lines(BOUND)
+    finally:
+        request_id.reset(token)
+        logger.removeHandler(calling)
+
+    assert seen == ["r-1"]
+
+
+def test_drop_beside_a_factory_that_sets_our_attributes(
+    queue: TaskQueue, logs: Logs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A handler that takes long to write a warning holds up nobody else whose task is dropped."""
-    dropped = threading.Event()
+    """A record factory that sets `task` or `pool` costs a drop's warning nothing."""
 
-    def drop_elsewhere() -> None:
-        thread = threading.Thread(target=drops.note, args=("send-mail", DropReason.FULL))
-        thread.start()
-        thread.join(BOUND)
-        assert not thread.is_alive()
-        dropped.set()
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = logging.LogRecord(*args, **kwargs)
+        vars(record).update(task=None, pool=None, reason=None, queue_length=None)
+        return record
 
-    handler(Calling(drop_elsewhere))
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(factory)
+    try:
+        warn(queue, "send-mail", DropReason.FULL)
+        repeats.write_lines(BOUND)
+    finally:
+        logging.setLogRecordFactory(before)
 
-    drops.note("send-mail", DropReason.FULL)
-    assert dropped.is_set()
-    clock.advance(DROP_INTERVAL)
-
-    assert counted(logs.lines) == 2
-
-
-class InterruptedLock:
-    """A lock with which a signal handler raises once, as soon as it is held: a `with` leaves it so."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._errors = [KeyboardInterrupt]
-        self.acquire, self.release = self._lock.acquire, self._lock.release
-
-    def __enter__(self) -> bool:
-        self.acquire()
-        if self._errors:
-            raise self._errors.pop()
-        return True
-
-    def __exit__(self, *exc_info: Any) -> None:
-        self.release()
-
-
-@pytest.mark.parametrize(
-    "step", [lambda drops: drops.note("a", DropReason.FULL), lambda drops: drops.flush()]
-)
-def test_signal_handler_that_raises_holds_up_nobody(
-    drops: DropLog, logs: Logs, step: Callable[[DropLog], None]
-) -> None:
-    """Wherever a signal handler raises, the lock is free afterwards, and others can drop."""
-    lock: Any = InterruptedLock()
-    drops._lock = lock
-    with pytest.raises(KeyboardInterrupt):
-        step(drops)
-    with ThreadPoolExecutor(1) as executor:
-        executor.submit(drops.note, "b", DropReason.FULL).result(BOUND)
-
-    assert logs.of("'b'")
-
-
-def test_pool_reports_suppressed_drops_from_the_drainers_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a running pool the count of the drops left out is logged without another drop."""
-    monkeypatch.setattr("bgtasks.drops.DROP_INTERVAL", 0.01)
-    with Core(capacity=1, conn_max=1) as core, Gate() as gate:
-        core.spawn("held", gate)
-        gate.wait_entered()
-        core.spawn("waits", gate)
-
-        for _ in range(10):
-            core.spawn("one too many", gate)
-        core.logs.wait_until(lambda lines: counted(lines) >= 10)
-
-        assert counted(core.logs.of("'one too many'")) == 10
-
-
-def test_flush_reports_what_was_suppressed(drops: DropLog, logs: Logs, clock: Clock) -> None:
-    """At the end of the process the drops left out are logged without waiting for the interval."""
-    for _ in range(3):
-        drops.note("send-mail", DropReason.FULL)
-    drops.note("send-mail", DropReason.SHUTDOWN)
-    drops.note("resize", DropReason.FULL)
-
-    drops.flush()
-
-    assert logs.lines[-1] == "task 'send-mail' dropped 3 times more: pool 'mail' is shut down"
-    assert counted(logs.lines) == 5
+    assert (logs.records[0].task, logs.records[0].pool) == ("send-mail", "mail")
 
 
 FORGED = "mail\nERROR forged line \x1b[31mred"
 
 
-def test_name_cannot_forge_a_line(drops: DropLog, logs: Logs) -> None:
+def test_name_cannot_forge_a_line(queue: TaskQueue, logs: Logs) -> None:
     """A line break or a terminal escape in a name is written as such."""
-    drops.note(FORGED, DropReason.FULL)
+    warn(queue, FORGED, DropReason.FULL)
 
     assert repr(FORGED) in logs.lines[0]
     assert "\n" not in logs.lines[0]

@@ -1,6 +1,6 @@
 """Database connections and forks: a child uses none of its parent's, and takes none from it.
 
-Each `script_...` runs in an interpreter of its own, since pytest's process shall not be forked.
+Each `script_...` runs in an interpreter of its own, since pytest's process must not be forked.
 """
 
 import sys

@@ -27,7 +27,7 @@ from tests.testapp.models import Note
 
 ALIASES = ["default", "pooled", "sqlite"]
 MODULE_LINES = 400  # of a module of the package at most
-CORE_LINES = 2390  # of the core at most, in all; 2000 are aimed at
+CORE_LINES = 2444  # of the core at most, in all; 2000 are aimed at
 CHECKOUT = Path(__file__).parent.parent
 KINDS = ["servers", "engines", "browser", "kit"]  # of the environments that run the tests of one marker
 
@@ -111,6 +111,16 @@ def test_workflow_runs_every_python() -> None:
 
     assert declared
     assert declared | tested <= run
+
+
+def test_citation_names_the_version() -> None:
+    """Whoever cites the package cites the version that is released."""
+    project = (CHECKOUT / "pyproject.toml").read_text()
+    citation = (CHECKOUT / "CITATION.cff").read_text()
+
+    assert re.findall(r'^version = "(.*)"$', project, re.MULTILINE) == re.findall(
+        r"^version: (.*)$", citation, re.MULTILINE
+    )
 
 
 @pytest.mark.django_db(transaction=True, databases=["default", "pooled"])

@@ -1,6 +1,7 @@
 """The testing kit in a project that uses it: under pytest, pytest-xdist and Django's runner."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,34 @@ def test_a_project_tests_itself(runner: str, database: str, tmp_path: Path) -> N
         [(databases,)] = connection.execute("SELECT count(*) FROM pg_database WHERE datname LIKE 'kit%'")
     assert databases == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("database", ["sqlite-in-memory", "postgresql"])
+def test_mistakes_of_a_test_are_explained(database: str) -> None:
+    """A test that goes wrong says what is likely to be wrong with it, and only then."""
+    env = environment({"DJANGO_SETTINGS_MODULE": "tests.kit.settings", "PYTEST_ADDOPTS": ""})
+    if database == "postgresql":
+        env["KIT_POSTGRESQL"] = os.environ["BGTASKS_TEST_POSTGRESQL"]
+    argv = [*PYTEST[:-1], "-o", "python_files=mistakes.py", "--tb=short", *PYTEST[-1:]]
+
+    done = subprocess.run(
+        [sys.executable, *argv], env=env, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False
+    )
+
+    titles = re.split(r"^_+ (?:ERROR at teardown of )?(test_\w+) _+$", done.stdout, flags=re.MULTILINE)[1:]
+    said = dict(zip(titles[::2], titles[1::2], strict=True))
+    assert "it waits for a commit, which a TestCase never makes" in said["test_captured_without_a_commit"]
+    for name in ("test_drained_in_a_transaction", "test_task_in_a_transaction"):
+        assert "this test runs in a transaction" in said[name]
+    assert (
+        "AssertionError: task 'fails' of pool 'default' failed: ZeroDivisionError()"
+        in said["test_task_that_fails"]
+    )
+    assert "hint: " not in said["test_task_that_fails"]
+    assert ("the tests' database is SQLite in memory" in said["test_second_writer"]) is (
+        database != "postgresql"
+    )
+    assert "test_failure_that_is_allowed" not in said
 
 
 def test_the_plugin_does_not_import_django() -> None:

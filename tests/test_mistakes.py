@@ -1,6 +1,7 @@
 """The likeliest mistakes, and what a newcomer is told about each, word for word."""
 
 import asyncio
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -9,10 +10,11 @@ import pytest
 from django.contrib.auth.models import User
 from django.core import checks
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import transaction
+from django.db import OperationalError, transaction
 from django.test import modify_settings, override_settings
 
 import bgtasks
+from bgtasks import submission
 from bgtasks.checks import check_database_pools, check_lifespan, check_settings
 from bgtasks.exceptions import InvalidSettings, PoolDoesNotExist
 from bgtasks.pools import pools
@@ -42,7 +44,74 @@ def test_the_result_of_a_call_in_place_of_the_function() -> None:
 
 def test_no_name() -> None:
     """The name left out."""
-    assert told(TypeError, send, 7).startswith("the name of a task must be a str, not <function send at")
+    message = told(TypeError, send, 7)
+    assert message.startswith("the name of a task must be a str, not <function send at")
+    assert message.endswith("; write spawn('send', send, ...)")
+    assert told(TypeError, 7, send) == "the name of a task must be a str, not 7"
+
+
+def test_wrong_arguments() -> None:
+    """A TypeError in the caller, in tests and under DEBUG; one in the log of a site."""
+    assert told(TypeError, "send", greet) == (
+        "task 'send' cannot be called with these arguments: missing a required argument: 'user'"
+    )
+    assert bgtasks.spawn("send", print, end="")
+    assert bgtasks.spawn("send", wrapped)
+    assert bgtasks.drain(30)
+
+
+@functools.wraps(lambda user: None)
+def wrapped() -> None: ...
+
+
+async def greet_later(user: User) -> None: ...
+
+
+@pytest.mark.parametrize("function", ["greet", "greet_later"])
+def test_wrong_arguments_in_production(
+    function: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The traceback has only frames of ours, so the message names the function."""
+    monkeypatch.setattr(submission, "_MAIL", {})
+    monkeypatch.setattr(submission.Development, "debug", False)
+    bgtasks.spawn("send", globals()[function])
+    assert bgtasks.drain(30)
+
+    [message] = caplog.messages
+    assert message == (
+        "task 'send' of pool 'default' failed: TypeError "
+        f"(tests.test_mistakes.{function} cannot be called with the arguments of the spawn)"
+    )
+
+
+def test_half_a_character_in_a_name() -> None:
+    """It becomes text that every exporter can write, in a dropped task's name as well."""
+    bgtasks.spawn("half \ud800", send)
+    assert bgtasks.drain(30)
+
+    assert "half \\ud800" in pools.default.slots.queue.account
+
+
+def test_a_pool_as_an_attribute() -> None:
+    """pools.email in place of pools["email"]."""
+    with override_settings(BGTASKS={"email": {}}):
+        with pytest.raises(AttributeError) as caught:
+            getattr(bgtasks.pools, "email")  # noqa: B009  # a type checker would not let it pass
+        with pytest.raises(AttributeError) as unknown:
+            getattr(bgtasks.pools, "mial")  # noqa: B009
+
+    assert str(caught.value) == "'Pools' object has no attribute 'email'; write pools['email']"
+    assert str(unknown.value) == "'Pools' object has no attribute 'mial'"
+
+
+def test_a_spawn_that_is_awaited() -> None:
+    """It answers at once, with a bool, which Python says; type checkers do too."""
+
+    async def view() -> None:
+        await bgtasks.spawn("send", send)  # type: ignore[misc]  # pyright: ignore[reportGeneralTypeIssues]
+
+    with pytest.raises(TypeError, match="bool"):
+        asyncio.run(view())
 
 
 def test_a_generator_function() -> None:
@@ -129,8 +198,25 @@ def test_spawn_inside_a_transaction(caplog: pytest.LogCaptureFixture) -> None:
     [message] = caplog.messages
     assert message == (
         "task 'send-welcome' of pool 'default' failed: DoesNotExist (a task does not see what a transaction "
-        "has not committed yet; inside a transaction, use spawn_on_commit)"
+        "has not committed yet; inside a transaction, use spawn_on_commit, and in a TestCase "
+        "bgtasks.testing.inline)"
     )
+
+
+def test_task_that_meets_a_locked_database(caplog: pytest.LogCaptureFixture) -> None:
+    """SQLite, in a TestCase or with more than one slot."""
+    bgtasks.spawn("send-welcome", meet_a_lock)
+    assert bgtasks.drain(30)
+
+    [message] = caplog.messages
+    assert message == (
+        "task 'send-welcome' of pool 'default' failed: OperationalError (SQLite has one writer at a time: "
+        "for more than one slot, manage.py check says what to set; in a TestCase, use bgtasks.testing.inline)"
+    )
+
+
+def meet_a_lock() -> None:
+    raise OperationalError("database table is locked: auth_user")
 
 
 def welcome(user_pk: int) -> None:
@@ -193,7 +279,8 @@ def test_an_application_without_lifespan() -> None:
 def test_an_async_view_without_lifespan(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At the first spawn, since the check runs only with --deploy."""
+    """At the first spawn under uvicorn, since the check runs only with --deploy."""
+    pytest.importorskip("uvicorn.server")
     monkeypatch.setattr(lifespan, "settled", False)
     monkeypatch.setattr(lifespan, "look_at", 0.0)
 

@@ -119,3 +119,56 @@ def test_log_of_a_site_that_configures_its_logging_twice(project: Project) -> No
     project.add(LOGGING)
 
     assert FAILED in project.run("manage.py", "shell", "-c", f"import mysite.wsgi, bgtasks; {FAIL}")
+
+
+BY_EMAIL_BACKEND = """
+globals().pop("MAILERS", None)  # which the startproject of Django 6.1 has written
+EMAIL_BACKEND = "bgtasks.mail.EmailBackend"
+BGTASKS_MAIL = {"BACKEND": "django.core.mail.backends.console.EmailBackend"}
+"""
+BY_MAILERS = """
+MAILERS = {
+    "default": {"BACKEND": "bgtasks.mail.EmailBackend", "OPTIONS": {"mailer": "out"}},
+    "out": {"BACKEND": "django.core.mail.backends.console.EmailBackend"},
+}
+"""
+MAIL = """
+import bgtasks
+from django.core import mail
+from django.test import SimpleTestCase
+
+class Tests(SimpleTestCase):
+    def test_mail(self):
+        mail.send_mail("hello", "text", "site@example.com", ["ada@example.com"])
+        self.assertEqual([sent.subject for sent in mail.outbox], ["hello"])
+        self.assertEqual(bgtasks.stats()["default"].spawned, 0)
+"""
+by_generation = pytest.mark.parametrize(
+    "setting",
+    [
+        BY_EMAIL_BACKEND,
+        pytest.param(
+            BY_MAILERS, marks=pytest.mark.skipif(django.VERSION < (6, 1), reason="MAILERS is new in 6.1")
+        ),
+    ],
+    ids=["email_backend", "mailers"],
+)
+
+
+@by_generation
+def test_mails_of_a_projects_tests_are_in_the_outbox(setting: str, project: Project) -> None:
+    """Django's test runner puts its own backend in the place of ours, whatever the settings say."""
+    project.add(setting)
+    (project.home / "mysite" / "tests.py").write_text(MAIL)
+
+    assert project.run("-W", "ignore", "manage.py", "test", "mysite").rstrip().endswith("OK")
+
+
+@by_generation
+def test_mail_of_a_command_is_delivered_before_it_ends(setting: str, project: Project) -> None:
+    """A command of Django that sends a mail knows of no pool: what is queued as it exits is delivered."""
+    project.add(setting)
+    output = project.run("-W", "ignore", "manage.py", "sendtestemail", "ada@example.com")
+
+    assert "To: ada@example.com" in output
+    assert "Traceback" not in output

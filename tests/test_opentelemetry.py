@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,12 +21,14 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode  # noqa: E402
 
 import bgtasks  # noqa: E402
+from bgtasks import tracing as registered  # noqa: E402
 from bgtasks.contrib import opentelemetry as tracing  # noqa: E402
 from bgtasks.core.figures import EXPORTED  # noqa: E402
-from bgtasks.hooks import DjangoHooks  # noqa: E402
 from bgtasks.pools import pools  # noqa: E402
-from tests.gate import BOUND, Gate  # noqa: E402
+from bgtasks.repeats import repeats  # noqa: E402
+from tests.gate import BOUND, Gate, wait_until  # noqa: E402
 from tests.pool import Logs  # noqa: E402
+from tests.public import full  # noqa: E402
 
 
 class Telemetry:
@@ -102,6 +105,7 @@ def test_task_runs_in_the_trace_of_its_spawner(task: Any, telemetry: Any) -> Non
         "bgtasks.outcome": "succeeded",
     }
     assert producer.attributes["messaging.operation.type"] == "send"
+    assert [link.context.span_id for link in consumer.links] == [producer.context.span_id]
 
 
 @pytest.mark.parametrize("telemetry", [True], indirect=True)
@@ -130,6 +134,88 @@ def test_exception_is_recorded(task: Any, telemetry: Any) -> None:
     assert span.attributes["error.type"] == "ValueError"
     assert span.attributes["bgtasks.outcome"] == "failed"
     assert [event.name for event in span.events] == ["exception"]
+
+
+@pytest.mark.parametrize("task", [int, fail_on_the_loop])
+@pytest.mark.parametrize("mode", ["pool", "inline"])
+def test_each_try_is_a_run(task: Any, mode: str, telemetry: Any, settings: Settings) -> None:
+    """A task that is tried again has a span, with its exception, and a duration of each try."""
+    settings.BGTASKS = {"default": {"MODE": mode}}
+    with suppress(ValueError):  # inline
+        bgtasks.using(retries=2, retry_delay=0).spawn("bad", task, "x")
+    telemetry.spans()
+    tries = [span for span in telemetry.exporter.get_finished_spans() if span.name == "run bad"]
+
+    assert [span.attributes["error.type"] for span in tries] == ["ValueError"] * 3
+    assert len({span.parent.span_id for span in tries}) == 1
+    assert [point.count for point in telemetry.points()["messaging.process.duration"]] == [3]
+
+
+def test_task_that_waits_for_another_try_and_is_cancelled(telemetry: Any, settings: Settings) -> None:
+    """Its one try has a span, which has ended with that try."""
+    bgtasks.using(retries=1, retry_delay=60).spawn("bad", int, "x")
+    wait_until(lambda: [span.name for span in telemetry.exporter.get_finished_spans()].count("run bad"))
+    bgtasks.shutdown(timeout=0)
+    settings.BGTASKS = {}
+    [span] = [span for span in telemetry.exporter.get_finished_spans() if span.name == "run bad"]
+
+    assert span.attributes["bgtasks.outcome"] == "retried"
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def raise_it() -> None:
+    raise UnspeakableError
+
+
+def test_exception_that_has_no_text(telemetry: Any) -> None:
+    """The span ends all the same."""
+    bgtasks.spawn("bad", raise_it)
+    [event] = telemetry.spans()["run bad"].events
+
+    assert event.attributes["exception.type"] == f"{__name__}.UnspeakableError"
+    assert event.attributes["exception.message"] == ""
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+    raise LookupError
+
+
+def test_spawn_that_cannot_be_traced_is_logged(
+    telemetry: Any, monkeypatch: pytest.MonkeyPatch, settings: Settings
+) -> None:
+    """Whatever the SDK raises, `spawn` raises nothing, of a task that is accepted or not."""
+    settings.BGTASKS = {"default": {"CAPACITY": 1, "CONN_MAX": 1}}
+    monkeypatch.setattr(type(telemetry.tracer), "start_span", refuse)
+    with Logs() as logs:
+        with full(bgtasks.pools["default"]):
+            assert not bgtasks.spawn("late", int)
+        assert bgtasks.drain(BOUND)
+        repeats.flush()
+
+    first, more = logs.of("a spawn could not be traced")
+    assert first.splitlines()[0] == "a spawn could not be traced: 'Tracing.spawn' has raised"
+    assert more == "a spawn could not be traced: 'Tracing.spawn' has raised (2 more): LookupError"
+
+
+def test_two_tracers_both_follow_a_task(telemetry: Any) -> None:
+    """Sentry's and that of OpenTelemetry can be used together; a second call replaces the first."""
+    sentry: Any = pytest.importorskip("bgtasks.contrib.sentry")
+    sentry.instrument()
+    sentry.instrument()
+    try:
+        kinds = [type(tracer) for tracer in registered.tracers]
+        bgtasks.spawn("mail", int)
+        names = set(telemetry.spans())
+    finally:
+        sentry.uninstrument()
+
+    assert kinds == [tracing.Tracing, sentry.Tracing]
+    assert names == {"spawn mail", "run mail"}
+    assert [type(tracer) for tracer in registered.tracers] == [tracing.Tracing]
 
 
 @pytest.mark.parametrize(("queue_is", "task"), [("full", int), ("full", plain), ("closing", int)])
@@ -180,6 +266,57 @@ def test_task_cancelled_in_the_queue_has_no_run(telemetry: Any, settings: Settin
     assert held[0].attributes["error.type"] == "cancelled"
 
 
+def attributes(telemetry: Any, name: str) -> list[Any]:
+    spans = telemetry.exporter.get_finished_spans()
+    return [span.attributes.get("bgtasks.outcome") for span in spans if span.name == name]
+
+
+def test_each_try_has_a_span(telemetry: Any) -> None:
+    """One that has failed, and is followed by another, ends with its error, in the trace of the spawner."""
+    tries = iter([ValueError, None])
+
+    def task() -> None:
+        if error := next(tries):
+            raise error
+
+    bgtasks.using(retries=3, retry_delay=0.001).spawn("mail", task)
+    spawned = telemetry.spans()["spawn mail"]
+    spans = [span for span in telemetry.exporter.get_finished_spans() if span.name == "run mail"]
+
+    assert attributes(telemetry, "run mail") == ["retried", "succeeded"]
+    assert [span.attributes.get("error.type") for span in spans] == ["ValueError", None]
+    assert {span.context.trace_id for span in spans} == {spawned.context.trace_id}
+
+
+def test_shed_task_has_a_span_that_says_so(telemetry: Any, settings: Settings) -> None:
+    """It has an end in the trace of its spawner, though it never ran."""
+    settings.BGTASKS = {"default": {"CONN_MAX": 1}}
+    with Gate() as gate:
+        bgtasks.spawn("held", gate)
+        gate.wait_entered()
+        bgtasks.using(expires=1e-9).spawn("old", int)
+    wait_until(lambda: "run old" in telemetry.spans())  # a drain may end *just* before that is told
+    spans = telemetry.spans()
+
+    assert attributes(telemetry, "run old") == ["shed"]
+    assert spans["run old"].attributes["error.type"] == "shed"
+    assert spans["run old"].context.trace_id == spans["spawn old"].context.trace_id
+
+
+def test_coalesced_spawn_says_so(telemetry: Any, settings: Settings) -> None:
+    """The spawn that another one has become has that outcome, and there is one run."""
+    settings.BGTASKS = {"default": {"CONN_MAX": 1}}
+    with Gate() as gate:
+        bgtasks.spawn("held", gate)
+        gate.wait_entered()
+        for _ in range(2):
+            bgtasks.using(key="7").spawn("equal", int)
+    telemetry.spans()
+
+    assert attributes(telemetry, "spawn equal") == [None, "coalesced"]
+    assert attributes(telemetry, "run equal") == ["succeeded"]
+
+
 def test_nothing_leaks_into_the_drainer(telemetry: Any) -> None:
     """After traced tasks, neither the drainer's loop nor a slot's thread has a current span."""
     with telemetry.tracer.start_as_current_span("request"):
@@ -220,17 +357,29 @@ def test_histograms_have_the_durations(telemetry: Any) -> None:
     assert {tuple(point.explicit_bounds) for kind in points.values() for point in kind} == {EXPORTED}
 
 
+def test_lost_tasks_are_counted(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process has told of killed ones is a counter."""
+    monkeypatch.setitem(pools.journal.lost, ("default", "lost"), 2)
+
+    [point] = telemetry.points()["bgtasks.tasks.lost"]
+
+    assert point.value == 2
+    assert point.attributes == {"messaging.destination.name": "default", "bgtasks.task.name": "lost"}
+
+
 def test_tracer_that_raises_is_logged(telemetry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a tracer does, the task runs."""
 
     def started(pool: Any, task: Any) -> None:
         raise SystemExit
 
-    monkeypatch.setattr(DjangoHooks.tracer, "started", started)
+    [tracer] = registered.tracers
+    monkeypatch.setattr(tracer, "started", started)
     with Logs() as logs:
         future: Future[Any] = Future()
         bgtasks.spawn("task", plain, future)
         assert bgtasks.drain(BOUND)
+        repeats.flush()
 
     assert future.done()
     assert logs.of("a task could not be traced")

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ def fresh() -> Iterator[None]:
 @pytest.fixture
 def unsettled(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Any:
     """Let the process not know whether its server announces the lifespan; return the warnings about it."""
+    pytest.importorskip("uvicorn.server")
     monkeypatch.setattr(lifespan, "settled", False)
     monkeypatch.setattr(lifespan, "look_at", 0.0)
     monkeypatch.setattr(process, "LOOK_INTERVAL", 0.0)
@@ -72,6 +74,39 @@ async def spawn_a_task() -> None:
     bgtasks.spawn("task", print, end="")
 
 
+COMMAND = """
+import asyncio
+import sys
+import threading
+import django
+sys.argv[0] = sys.argv[1].replace("DJANGO", django.__path__[0])
+django.setup()
+from django.test import override_settings
+import bgtasks
+override_settings(BGTASKS={"default": {"SHUTDOWN_TIMEOUT": 1}}).enable()
+entered = threading.Event()
+def hold():
+    entered.set()
+    threading.Event().wait()
+async def main():
+    bgtasks.spawn("held", hold)
+asyncio.run(main())
+entered.wait(30)  # Python 3.12.0 to 3.12.2 cannot start the slots at exit
+"""
+
+
+@pytest.mark.parametrize("script", ["/srv/site/manage.py", "DJANGO/__main__.py"])
+def test_command_that_ends_before_its_tasks_is_told_to_drain(script: str) -> None:
+    """Its exit hooks run, so nothing is said of a lifespan; what was cut is, and what to do."""
+    lines = run_python(COMMAND, script).stderr.splitlines()
+
+    assert lines == [
+        "pool 'default' was shut down with 1 tasks cancelled: 1 'held'",
+        process.NO_DRAIN,
+    ]
+    assert "bgtasks.drain()" in process.NO_DRAIN
+
+
 def test_spawn_on_a_loop_without_a_lifespan_is_reported_once(unsettled: Callable[..., Any]) -> None:
     """Who forgot the wrapper is told of it, with the line to write, the first time a task could get lost."""
     asyncio.run(spawn_a_task())
@@ -102,7 +137,7 @@ def test_spawn_in_a_sync_view_without_a_lifespan_is_reported(unsettled: Callable
         return sent[0]["status"]
 
     with override_settings(ROOT_URLCONF=(path("", view),)):
-        status = asyncio.run(main())
+        status = Context().run(asyncio.run, main())  # nothing of what another test has left in ours
 
     assert status == 200
     assert unsettled() == [MISSING]

@@ -13,7 +13,8 @@ prometheus_client = pytest.importorskip("prometheus_client")
 import bgtasks  # noqa: E402  # after the module it may lack
 from bgtasks.contrib import prometheus  # noqa: E402
 from bgtasks.pools import pools  # noqa: E402
-from tests.gate import BOUND, Gate  # noqa: E402
+from tests.gate import BOUND, Gate, wait_until  # noqa: E402
+from tests.monitoring.test_journal import leave  # noqa: E402
 from tests.processes import run_python  # noqa: E402
 
 LINE = re.compile(r"^(\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
@@ -78,6 +79,41 @@ def test_metrics_have_the_names_and_labels_that_are_documented() -> None:
         assert total(seen, f"{name}_bucket", pool="default", task="bad", le="+Inf") == 1
         assert total(seen, f"{name}_sum", pool="default", task="bad") > 0
     assert bgtasks.drain(BOUND)
+
+
+def test_retries_and_what_was_shed_are_metrics() -> None:
+    """Tries that have failed, what waits for another one, and outcomes of policies, by name."""
+    with Gate() as gate:
+        bgtasks.using(retries=1, retry_delay=BOUND).spawn("bad", int, "x")
+        wait_until(lambda: bgtasks.stats()["default"].retried)
+        bgtasks.spawn("held", gate)
+        gate.wait_entered()
+        keyed = bgtasks.using(key="7")
+        assert all(keyed.spawn("equal", int) for _ in range(3))
+        bgtasks.using(expires=1e-9).spawn("old", int)
+        seen = scrape()
+    queue = pools["default"].build().slots.queue
+    queue.cancel_named("bad", [])
+    assert bgtasks.drain(BOUND)
+    after = scrape()
+
+    assert total(seen, "bgtasks_retried_total", pool="default", task="bad") == 1
+    assert total(seen, "bgtasks_delayed_queue_length", pool="default") == 1
+    assert total(seen, "bgtasks_finished_total", task="equal", outcome="coalesced") == 2
+    assert total(after, "bgtasks_finished_total", task="old", outcome="shed") == 1
+    assert total(after, "bgtasks_delayed_queue_length", pool="default") == 0
+
+
+def test_lost_tasks_are_a_metric(tmp_path: Path, settings: Settings) -> None:
+    """What this process has told of killed ones is exported, also of pools that it does not have."""
+    settings.BGTASKS_JOURNAL = {"DIR": str(tmp_path)}
+    leave(tmp_path, "lost", "lost")
+    bgtasks.spawn("task", int)
+    wait_until(lambda: pools.journal.lost)
+    seen = scrape()
+    pools.journal.lost.clear()
+
+    assert total(seen, "bgtasks_tasks_lost_total", pool="default", task="lost") == 2
 
 
 def test_failures_of_the_engine_are_a_metric(monkeypatch: pytest.MonkeyPatch) -> None:

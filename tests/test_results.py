@@ -66,6 +66,17 @@ def test_a_task_that_begins_after_its_end_stays_as_it_ended() -> None:
     assert record.result.worker_ids == []
 
 
+def test_a_copy_stays_as_it_was() -> None:
+    """Another attempt begins after a reader has got the result."""
+    of = Results()
+    record = new_record(of)
+    record.begin("first")
+    result, _ = of.get(record.result.id)
+    record.begin("second")
+
+    assert (result.worker_ids, result.attempts) == (["first"], 1)
+
+
 def test_of_many_that_end_one_task_one_is_told_so() -> None:
     """Whoever has written the end sends the signal, so it is sent once."""
     of = Results()

@@ -33,6 +33,7 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.servers]
 BIN = Path(sys.executable).parent
 ENOUGH = 60  # seconds; a SHUTDOWN_TIMEOUT that no test reaches
 N = 10  # tasks a request: more than two slots can run
+TOLD_WITHIN = 5  # seconds after a SIGKILL
 
 
 class Site(Server):
@@ -191,7 +192,7 @@ WSGI_SIGTERM = "tests.servers.wsgi_sigterm:application"
 
 DAPHNE = "daphne -p {port} "
 GRANIAN = "granian --port {port} "
-GUNICORN = "gunicorn -b 127.0.0.1:{port} "
+GUNICORN = "gunicorn -b 127.0.0.1:{port} --graceful-timeout 90 "  # longer than ENOUGH, or each one would warn
 HYPERCORN = "hypercorn -b 127.0.0.1:{port} "
 RUNSERVER = "python -m django runserver {port} "
 UVICORN = "uvicorn --port {port} "
@@ -214,7 +215,7 @@ ROWS = {
     "gunicorn-uvicorn-worker": Row(GUNICORN + UVICORN_WORKER + ASGI),
     "gunicorn-uvicorn-worker-preload": Row(GUNICORN + UVICORN_WORKER + "--preload " + ASGI),
     "hypercorn": Row(HYPERCORN + ASGI),
-    "daphne": Row(DAPHNE + ASGI, warnings=(NO_LIFESPAN,)),
+    "daphne": Row(DAPHNE + ASGI),
     "granian-asgi": Row(GRANIAN + "--interface asgi --workers 2 " + ASGI, workers=2),
     "granian-wsgi": Row(GRANIAN + "--interface wsgi --workers 2 " + WSGI, workers=2),
     "uwsgi": Row(UWSGI_GRACEFUL + "--processes 2 --module " + WSGI, workers=2),
@@ -308,7 +309,7 @@ def test_tasks_that_outlast_shutdown_timeout_are_reported(row: Any, tmp_path: Pa
         site.open_gate()
         site.spawn(n=4)
         site.poll(lambda: site.rows() == 4, "4 rows")
-        site.accepted.clear()  # each worker shall have some that it cannot end
+        site.accepted.clear()  # each worker must have some that it cannot end
         site.close_gate()
         site.spawn_everywhere(row.workers)
         site.end(row.signum)
@@ -398,7 +399,7 @@ def test_gevent_runs_plain_functions_and_leaves_requests_alone(row: Any, tmp_pat
         first, rest = site.warnings()
         why = "gevent has replaced threads, so there is no event loop for asynchronous tasks"
         assert first == f"task 'awrite' dropped: {why}"
-        assert rest == f"task 'awrite' dropped {N - 1} times more: {why}"
+        assert rest == f"task 'awrite' dropped again ({N - 1} more): {why}"
 
 
 @on(gunicorn_timeout=Row(GUNICORN + "--max-requests 3 --timeout 600 " + WSGI))
@@ -429,6 +430,7 @@ def test_drain_that_outlasts_the_timeout_of_a_uvicorn_worker_loses_tasks(row: An
         site.wait_line("was sent SIGABRT")
 
         assert site.account() == (0, 0), site.output
+        site.wait_line("--max-requests, comes after 5 s")
 
 
 @on(
@@ -442,6 +444,7 @@ def test_drain_that_the_server_cuts_short_loses_tasks(row: Any, tmp_path: Path) 
         if row.signum == signal.SIGINT:
             os.killpg(site.pid, signal.SIGINT)  # as a terminal does
         else:
+            site.wait_line("gunicorn's --graceful-timeout comes after 1 s")
             site.send(row.signum)
         site.wait()
 
@@ -481,6 +484,48 @@ def test_process_that_hears_of_no_shutdown_loses_tasks(row: Any, tmp_path: Path)
         assert status == row.status, site.output
         assert len(site.warnings()) == len(row.warnings), site.output
         assert all(part in line for part, line in zip(row.warnings, site.warnings(), strict=True))
+
+
+@on(
+    gunicorn_three=Row(GUNICORN + "--workers 3 " + WSGI, workers=3),
+    gunicorn_three_preload=Row(GUNICORN + "--workers 3 --preload " + WSGI, workers=3),
+)
+def test_journal_tells_once_what_a_killed_worker_has_lost(
+    row: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its siblings have tasks, and another one takes its place: one of them tells, with the exact numbers.
+
+    They look once a second, so it is told within 5 s of the kill, also on a slow machine. That is the time of
+    the log record: how long this test waits to read it does not count.
+    """
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    monkeypatch.setenv("BGTASKS_TEST_JOURNAL", str(folder))
+    with Site(row.command, tmp_path) as site:
+        site.spawn(n=200)
+        [killed] = site.accepted
+        site.spawn_everywhere(row.workers)
+        lost = site.accepted.pop(killed)
+        killed_at = time.time()
+        os.kill(killed, signal.SIGKILL)
+        site.wait_line("was killed with")
+        site.end(row.signum)
+        site.open_gate()
+        site.wait()
+
+        assert site.account() == (site.accepted.total(), 0), site.output
+        [line] = [line for line in site.warnings() if "was killed" in line]
+        told = re.fullmatch(r"process (\d+) of \S+ was killed with (\d+) tasks: (.*)", line)
+        assert told is not None
+        assert (int(told[1]), int(told[2])) == (killed, lost)
+        assert sorted(re.findall(r"(\d+) '(\w+)'", told[3])) == [
+            (str(lost // 2), "awrite"),
+            (str(lost // 2), "write"),
+        ]
+        assert sum(map(int, re.findall(r"\((\d+) running\)", told[3]))) == 2
+        [told_at] = re.findall(r"([\d.]+) \d+ bgtasks WARNING: process \d+ of \S+ was killed", site.output)
+        assert float(told_at) - killed_at < TOLD_WITHIN
+        assert list(folder.iterdir()) == []
 
 
 @on(uwsgi_die_on_term=Row(UWSGI + "--die-on-term --module " + WSGI))

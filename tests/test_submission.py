@@ -248,13 +248,13 @@ def test_spawn_runs_a_builtin() -> None:
 @pytest.mark.parametrize("task", PLAIN.values(), ids=PLAIN.keys())
 def test_plain_task_is_called_on_a_slot(task: Any) -> None:
     """What is not known to be asynchronous goes to a slot's thread: it may block."""
-    assert make_task("task", task, (), {}).asynchronous is False
+    assert make_task("task", task, ([],), {"value": 7}).asynchronous is False
 
 
 @pytest.mark.parametrize("task", ASYNC.values(), ids=ASYNC.keys())
 def test_async_task_is_known_before_it_is_called(task: Any) -> None:
     """What is known to be asynchronous goes to the loop, without a slot's thread being woken for nothing."""
-    assert make_task("task", task, (), {}).asynchronous is True
+    assert make_task("task", task, ([],), {"value": 7}).asynchronous is True
 
 
 @has_django_tasks
@@ -270,7 +270,7 @@ def test_spawn_runs_a_django_task(asynchronous: bool) -> None:
     assert bgtasks.drain(BOUND)
 
     assert ran == [7]
-    assert make_task("task", task, (), {}).asynchronous is asynchronous
+    assert make_task("task", task, ([],), {"value": 7}).asynchronous is asynchronous
 
 
 @has_django_tasks
@@ -323,7 +323,7 @@ def test_name_that_is_no_str_is_a_type_error(spawn: Any, name: str) -> None:
     with pytest.raises(TypeError) as raised:
         spawn(name, function)
 
-    assert str(raised.value) == f"the name of a task must be a str, not {name!r}"
+    assert str(raised.value).startswith(f"the name of a task must be a str, not {name!r}")
 
 
 @pytest.mark.parametrize("task", [None, "send_welcome", 7])

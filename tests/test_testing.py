@@ -1,9 +1,10 @@
 """The tools for a project's tests: inline, captured, drained, and the MODE "inline"."""
 
 import asyncio
+import sys
 import threading
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from django.test import TestCase, override_settings
 from django.utils import translation
 
 import bgtasks
-from bgtasks import signals, testing
+from bgtasks import hints, signals, testing
 from bgtasks.pools import pools
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import own_threads
@@ -127,6 +128,28 @@ def test_what_an_inline_task_raises_goes_up(task: Any) -> None:
         asyncio.run(main())
 
     assert bgtasks.stats()["default"].failed == before + 2
+
+
+def test_an_inline_task_runs_while_no_exception_is_handled() -> None:
+    """With each task that ends, Django logs the exception that is being handled, if there is one."""
+    seen: list[Any] = []
+
+    def look() -> None:
+        seen.append(sys.exc_info()[0])
+
+    async def alook() -> None:
+        look()
+
+    async def main() -> None:
+        bgtasks.spawn("looks", look)
+        bgtasks.spawn("looks", alook)
+
+    with testing.inline():
+        bgtasks.spawn("looks", look)
+        bgtasks.spawn("looks", alook)
+        asyncio.run(main())
+
+    assert seen == [None] * 4
 
 
 def test_an_inline_task_that_runs_nothing_is_refused() -> None:
@@ -315,6 +338,25 @@ def test_assert_spawned_says_what_was_spawned_instead() -> None:
 
 
 @pytest.mark.django_db
+def test_assert_spawned_says_that_a_task_waits_for_a_commit(
+    django_capture_on_commit_callbacks: Callable[..., Any],
+) -> None:
+    """Only of a task of that name, and only as long as it waits."""
+    with testing.captured() as tasks:
+        bgtasks.spawn_on_commit("send", create, "ada")
+        with pytest.raises(
+            AssertionError, match=r"spawned were: none; it waits for a commit, which a TestCase"
+        ):
+            tasks.assert_spawned("send")
+        with pytest.raises(AssertionError, match=r"spawned were: none$"):
+            tasks.assert_spawned("another")
+
+        with django_capture_on_commit_callbacks(execute=True):
+            bgtasks.spawn_on_commit("commits", create, "ada")
+        tasks.assert_spawned("commits", "ada")
+
+
+@pytest.mark.django_db
 def test_run_all_runs_each_task_once_and_those_they_spawn() -> None:
     """Running them is up to the test, and twice is once."""
 
@@ -446,6 +488,55 @@ def test_drained_fails_with_what_still_runs_and_where() -> None:
     assert 'gate.py", line' in message  # of both
     assert "task 'async' of pool 'default' runs for" in message
     assert message.endswith("task 'waits' of pool 'default' waits, once")
+
+
+@pytest.mark.parametrize("task", [fail, afail])
+def test_task_that_fails_fails_the_test_that_drains(task: Callable[[], Any]) -> None:
+    """The message has all of them, and the first one's exception is the cause."""
+    with pytest.raises(AssertionError) as caught, testing.drained():
+        bgtasks.spawn("fails", task)
+
+    assert str(caught.value) == "task 'fails' of pool 'default' failed: Boom()"
+    assert isinstance(caught.value.__cause__, Boom)
+
+
+def test_task_that_is_tried_again_and_succeeds_has_not_failed() -> None:
+    """What counts is the outcome, not a try."""
+    tries = iter([Boom, None])
+
+    def flaky() -> None:
+        if error := next(tries):
+            raise error
+
+    with testing.drained() as tasks:
+        bgtasks.using(retries=1, retry_delay=0).spawn("flaky", flaky)
+
+    assert tasks.failures == []
+
+
+def test_failures_may_be_allowed() -> None:
+    """By an argument, or in the test; they are listed in either case."""
+    with testing.drained(allow_failures=True) as tasks:
+        bgtasks.spawn("fails", fail)
+    with testing.drained() as others:
+        bgtasks.spawn("fails", fail)
+        others.allow_failures = True
+
+    assert repr(tasks) == "<Drained 1 failed>"
+    [(pool, name, error)] = others.failures
+    assert (pool, name, type(error)) == ("default", "fails", Boom)
+
+
+@pytest.mark.django_db
+def test_drained_in_a_transaction_says_that_tasks_do_not_see_it() -> None:
+    """Where a task fails, and as a note where the test does."""
+    with pytest.raises(AssertionError, match=r"failed: Boom\(\)\nhint: this test runs in a transaction"):
+        with testing.drained():
+            bgtasks.spawn("fails", fail)
+    with pytest.raises(Boom) as caught, testing.drained():
+        raise Boom
+
+    assert caught.value.__notes__ == [f"hint: {hints.IN_TRANSACTION}"]
 
 
 def test_drained_does_not_hide_what_the_test_has_failed_of() -> None:

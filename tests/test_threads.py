@@ -11,12 +11,18 @@ import pytest
 from django.test import override_settings
 
 import bgtasks
+from bgtasks.core.lock import has_gil
+from bgtasks.monitoring.pace import CAN_MEASURE
 from tests.gate import BOUND, wait_until
 
 ENGINE = {"BACKEND": "tests.testapp.engines.TableBackend"}
 HANDOFF: dict[str, Any] = {"HANDOFF_TO": "table"} if django.VERSION >= (6, 0) else {}  # since it has tasks
 MOVER = {"default-mover"} if HANDOFF else set()
-NAMES = {"default-1", "default-2", "drainer", "helper_0", "loop-watch", "publisher", "watchdog"} | MOVER
+SWITCH = {"switch-watch"} if CAN_MEASURE and has_gil() else set()
+WATCHES = {"loop-watch", "publisher", "watchdog"} | SWITCH
+NAMES = {"default-1", "default-2", "drainer", "helper_0"} | WATCHES | MOVER
+
+LIVE_WITH_TASKS = {f"bgtasks-{name}" for name in WATCHES | {"switch-watch"}}
 
 request_id = contextvars.ContextVar("request_id", default="none")
 
@@ -63,3 +69,12 @@ def test_helper_threads_show_no_task_the_variables_of_another() -> None:
             assert bgtasks.drain(BOUND)
 
     assert seen == ["none"] * 3
+
+
+def test_the_threads_beside_the_drainer_end_with_the_tasks() -> None:
+    """An idle process has none that wakes up. The coroutine lasts until the loop's watch has looked at it."""
+    bgtasks.spawn("plain", int)
+    bgtasks.spawn("coroutine", asyncio.sleep, 0.7)
+    assert bgtasks.drain(BOUND)
+
+    wait_until(lambda: not {thread.name for thread in threading.enumerate()} & LIVE_WITH_TASKS)

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 
+import httpx
 import psycopg
 import pytest
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.kit
 
 # The packages are those of this environment, which has the very wheel that is tested.
 INSTALLED = ("python -m venv", ". .venv/bin/activate", "python -m pip install")
-FILE = re.compile(r"# (?P<path>[\w/]+\.py)(?P<end>, at the end)?(?P<postgresql>, for PostgreSQL)?\n")
+FILE = re.compile(r"# (?P<path>[\w/]+\.py)(?P<end>, at the end)?(, for (?P<database>\w+))?\n")
 
 
 class Follower:
@@ -31,7 +32,9 @@ class Follower:
         self._home = home
         self._stack = stack
         self._server = server
+        self._database = "SQLite" if server is None else "PostgreSQL"
         self._port = free_port()
+        self._rehearsal_port = free_port()
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         self._env = environment({"PATH": path, "PYTHONDONTWRITEBYTECODE": "1"})
         self._env.pop("DJANGO_SETTINGS_MODULE")
@@ -42,7 +45,10 @@ class Follower:
     def do(self, block: Block) -> None:
         """Write the file, or run the commands, of one block."""
         if block.kind == "python":
-            self._write(block.text)
+            if block.text.startswith("# "):
+                self._write(block.text)
+            else:
+                exec(block.text, {"logged_in": self._logged_in})
         elif block.kind == "sh":
             for command in block.text.splitlines():
                 self._run(command)
@@ -61,7 +67,7 @@ class Follower:
     def _write(self, text: str) -> None:
         head = FILE.match(text)
         assert head is not None, text
-        if head["postgresql"] and self._server is None:
+        if head["database"] not in {None, self._database}:
             return
         file = self._home / head["path"]
         before = file.read_text() if head["end"] else ""
@@ -73,13 +79,11 @@ class Follower:
         if command.startswith("createdb "):
             self._create_database(command.split()[1])
             return ""
-        command = command.replace("8000", str(self._port))
-        if "runserver" in command:
-            argv = shlex.split(command)
+        command = command.replace("8000", str(self._port)).replace("8001", str(self._rehearsal_port))
+        if command.startswith("uvicorn "):
             env = {**self._env, "DJANGO_SETTINGS_MODULE": "mysite.settings", "PYTHONSAFEPATH": ""}
-            self._stack.enter_context(
-                Server([sys.executable, *argv[1:]], port=self._port, env=env, cwd=self._home)
-            )
+            argv = [sys.executable, "-m", *shlex.split(command)]
+            self._stack.enter_context(Server(argv, port=self._port, env=env, cwd=self._home))
             return ""
         done = subprocess.run(
             ["bash", "-c", command],
@@ -93,6 +97,21 @@ class Follower:
         )
         assert done.returncode == 0, f"$ {command}\n{done.stdout}"
         return done.stdout
+
+    def _logged_in(self, username: str, password: str) -> httpx.Client:
+        """Return a client that has logged in to the admin."""
+        browser = httpx.Client(
+            base_url=f"http://127.0.0.1:{self._port}", follow_redirects=True, timeout=BOUND
+        )
+        self._stack.enter_context(browser)
+        browser.get("/admin/login/")
+        form = {
+            "username": username,
+            "password": password,
+            "csrfmiddlewaretoken": browser.cookies["csrftoken"],
+        }
+        browser.post("/admin/login/", data=form)
+        return browser
 
     def _create_database(self, name: str) -> None:
         if self._server is not None:

@@ -51,6 +51,9 @@ def in_sync_code() -> None:
     bgtasks.spawn("ping-partner", ping_partner(url="https://example.com"))
     bgtasks.pools["email"].spawn("send-welcome", send_welcome, 7)
     bgtasks.spawn_on_commit("send-welcome", send_welcome, 7)
+    urgent = bgtasks.using(expires=5, retries=2, retry_on=(OSError, TimeoutError), database="default")
+    assert_type(urgent.spawn("send-welcome", send_welcome, 7), bool)
+    bgtasks.pools["email"].using(key="7").spawn_on_commit("send-welcome", send_welcome, 7)
     assert_type(bgtasks.stats()["default"].queued, int)
     assert_type(bgtasks.drain(timeout=1), bool)
 
@@ -59,6 +62,10 @@ def in_sync_code() -> None:
     bgtasks.spawn("send-welcome", send_welcome)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
     bgtasks.spawn("send-welcome", send_welcome, 7, lang="fr")  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue]
     bgtasks.spawn_on_commit("send-welcome", send_welcome, "7")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    urgent.spawn("send-welcome", send_welcome, "7")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]
+    # An option that is none, or has a wrong type.
+    bgtasks.using(retry=2)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    bgtasks.using(key=7)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     # The result of calling a plain function.
     bgtasks.spawn("send-welcome", send_welcome(7))  # type: ignore[call-overload, func-returns-value]  # pyright: ignore[reportArgumentType, reportCallIssue]
     # A name that is none.

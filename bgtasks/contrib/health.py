@@ -19,6 +19,9 @@ from bgtasks import health
 class BackgroundTasks(HealthCheck):
     """Fails if ``bgtasks.health.problems`` finds something.
 
+    It does not fail because of tasks that a killed process has lost (``bgtasks.health.losses``): a restart of
+    the process that has reported them would not bring them back.
+
     Attributes:
         wait_max: Seconds that a task may wait.
     """

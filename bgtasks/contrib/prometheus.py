@@ -5,9 +5,9 @@
     INSTALLED_APPS = [..., "bgtasks", "bgtasks.contrib.prometheus.PrometheusConfig"]
 
 In one process the figures are read when they are scraped. With ``PROMETHEUS_MULTIPROC_DIR``, where one worker
-speaks for all, each process writes its figures into the files of ``prometheus_client`` while tasks come and
-go, and a last time after that; ``MultiProcessCollector`` adds them up. Counters of workers that have ended
-stay in the sum, as they must.
+speaks for all, each process writes its figures to the files of ``prometheus_client`` while tasks are spawned
+or run, and a last time after that; ``MultiProcessCollector`` adds them up. The sum includes the counters of
+workers that have ended, as it must.
 
 The label ``task`` is a task's name. A pool tells 200 names apart; the tasks of all further ones are counted
 as ``(other names)``.
@@ -33,14 +33,17 @@ COUNTERS = {
     "bgtasks_spawned": ("Calls of spawn, dropped tasks included.", ("pool", "task")),
     "bgtasks_dropped": ("Tasks that were not accepted.", ("pool", "task", "reason")),
     "bgtasks_finished": ("Accepted tasks that have ended.", ("pool", "task", "outcome")),
+    "bgtasks_retried": ("Failed tries after which the task waited for another try.", ("pool", "task")),
+    "bgtasks_tasks_lost": ("Lost tasks of killed processes that this one has reported.", ("pool", "task")),
     "bgtasks_handoff_failures": ("How often the engine could not be reached, or failed.", ("pool",)),
 }
 GAUGES = {
     "bgtasks_queue_length": "Tasks that wait now.",
+    "bgtasks_delayed_queue_length": "The ones among them that wait for a later time, such as a retry.",
     "bgtasks_queue_capacity": "Tasks that may wait.",
     "bgtasks_running": "Tasks that run now.",
     "bgtasks_slots": "Tasks that may run at once.",
-    "bgtasks_oldest_queued_seconds": "For how long the oldest waiting task has waited.",
+    "bgtasks_oldest_queued_seconds": "How long the oldest waiting task has waited.",
 }
 HISTOGRAMS = {
     "bgtasks_wait_seconds": "How long tasks waited before they ran.",
@@ -49,7 +52,7 @@ HISTOGRAMS = {
 LARGEST = {"bgtasks_oldest_queued_seconds"}  # of several processes; all other gauges are added up
 
 Labels = tuple[str, ...]
-PoolFigures = tuple[str, PoolStats, list[NameStats], float]
+PoolFigures = tuple[str, PoolStats, list[NameStats], float, int]
 
 
 class BgtasksCollector(Collector):
@@ -138,17 +141,22 @@ class PrometheusConfig(AppConfig):
 def _figures() -> Iterator[PoolFigures]:
     for slots in pools.built():
         stats, names = read_stats_by_name(slots.queue)
-        yield slots.queue.pool, stats, names, oldest_wait(slots.queue) or 0.0
+        yield slots.queue.pool, stats, names, oldest_wait(slots.queue) or 0.0, len(slots.queue.delayed)
 
 
 def _counts(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[Labels, int]]:
-    for pool, stats, names, _ in figures:
+    if metric == "bgtasks_tasks_lost":
+        yield from pools.journal.lost.copy().items()
+        return
+    for pool, stats, names, *_ in figures:
         if metric == "bgtasks_handoff_failures":
             yield (pool,), stats.handoff_failures
             continue
         for of in names:
             if metric == "bgtasks_spawned":
                 yield (pool, of.name), of.spawned
+            elif metric == "bgtasks_retried":
+                yield (pool, of.name), of.retried
             elif metric == "bgtasks_dropped":
                 yield from (((pool, of.name, reason), count) for reason, count in of.dropped.items())
             else:
@@ -160,11 +168,12 @@ def _counts(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[Label
 
 
 def _gauge(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[str, float]]:
-    for pool, stats, _, oldest in figures:
+    for pool, stats, _, oldest, delayed in figures:
         yield (
             pool,
             {
                 "bgtasks_queue_length": stats.queued,
+                "bgtasks_delayed_queue_length": delayed,
                 "bgtasks_queue_capacity": stats.capacity,
                 "bgtasks_running": stats.running,
                 "bgtasks_slots": stats.conn_max,
@@ -174,7 +183,7 @@ def _gauge(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[str, f
 
 
 def _histogram(metric: str, figures: Iterable[PoolFigures]) -> Iterator[tuple[Labels, Sequence[int], float]]:
-    for pool, _, names, _ in figures:
+    for pool, _, names, *_ in figures:
         for of in names:
             times = of.waits if metric == "bgtasks_wait_seconds" else of.runs
             yield (pool, of.name), times.exported(), times.seconds

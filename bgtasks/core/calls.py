@@ -86,7 +86,7 @@ class ThreadCalls(Executor):
         finally:
             self._loop.end_if_forked(error)
             # asgiref has noted here for which loop it was called. The next task on this thread may be a plain
-            # function, and what it passes to async_to_sync shall not run on the drainer's loop, and block it.
+            # function, and what it passes to async_to_sync must not run on the drainer's loop, and block it.
             vars(SyncToAsync.threadlocal).clear()
         self._answer(call, result, error)
         del function, call, error  # the error's traceback refers to this frame, and it to these

@@ -12,9 +12,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic, sleep
+from time import sleep
 from typing import Protocol
 
+from bgtasks.clock import monotonic
 from bgtasks.core.lock import free, new_lock
 from bgtasks.core.log import log
 from bgtasks.core.loop import Loop
@@ -30,7 +31,7 @@ START_SLOTS_AT_ONCE = (3, 12) <= sys.version_info < (3, 12, 3)
 
 
 class BackgroundThread(Protocol):
-    """A thread beside the drainer that lives only while tasks come and go."""
+    """A thread beside the drainer that exists only while tasks are spawned or run."""
 
     def notify(self) -> None:
         """Have the thread there. Any thread may call this, and it waits for nothing."""
@@ -70,7 +71,7 @@ class Drainer:
         self.loop = Loop(self._new_executor, self._may_have_loop)
         self.lock = new_lock()  # serializes start, stop and fork; spawners never take it
         self.pools: dict[Slots, None] = {}  # added to by spawners, with no lock; see add
-        self._wanted: dict[Slots, None] = {}  # pools whose slots shall be started; likewise
+        self._wanted: dict[Slots, None] = {}  # pools whose slots are to be started; likewise
         self._starting = False  # a bare thread is starting; two of them do no harm
         self.failing = False  # it has failed, and tries again; written by it
 
@@ -131,11 +132,7 @@ class Drainer:
             self.ensure(pool)
 
     def start(self) -> None:
-        """Start the loop, unless it is there, or may not be started.
-
-        Raises:
-            RuntimeError: The machine has no thread left, or the interpreter is exiting.
-        """
+        """Start the loop, unless it is there, or may not be started. Raises as ``Loop.start`` does."""
         with self.lock:
             # Without a pool there is nothing to start: a shutdown may have come *just* before us.
             if self.running or not self.pools or not self._may_start():
@@ -157,11 +154,7 @@ class Drainer:
                 wanted.pop(pool, None)
 
     def replace_loop(self) -> None:
-        """Have another loop in place of one that is deaf. The coroutines that it runs have failed.
-
-        Raises:
-            RuntimeError: The machine has no thread left, or the interpreter is exiting.
-        """
+        """Have another loop in place of one that is deaf. Raises as ``Loop.start`` does."""
         with self.lock:
             if self.running:
                 self.loop.replace()

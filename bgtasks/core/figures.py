@@ -7,6 +7,8 @@ figures of several processes can be added.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
+from typing import TypeAlias
 
 # The upper bounds, in seconds, of the buckets that metrics systems are given.
 EXPORTED = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -22,6 +24,16 @@ BOUNDS = tuple(
 
 NAMES_MAX = 200  # names that a pool tells apart; the tasks of all further ones are counted under OTHERS
 OTHERS = "(other names)"
+
+# The tasks of one name that wait or run, and those of them that run. In a list, or in memory that outlives
+# the process: a killed one has not lost them.
+Counts: TypeAlias = "list[int] | memoryview[int]"
+UNFINISHED, RUNNING = 0, 1  # the places in it
+
+
+def new_counts(_name: str) -> Counts:
+    """Return the counts of a name in a list."""
+    return [0, 0]
 
 
 class Outcome(enum.IntEnum):
@@ -64,13 +76,14 @@ class NameFigures:
     """The tasks of one name in one pool."""
 
     __slots__ = (
-        "dropped", "ended", "name", "queued", "retried", "run_max", "run_seconds", "running", "runs",
-        "spawned", "wait_max", "wait_seconds", "waits",
+        "counts", "dropped", "ended", "name", "retried", "run_max", "run_seconds", "runs", "spawned",
+        "wait_max", "wait_seconds", "waits",
     )  # fmt: skip
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, counts: Counts) -> None:
         self.name = name
-        self.spawned = self.queued = self.running = 0
+        self.counts = counts
+        self.spawned = 0
         self.retried = 0  # tries that have failed, after which the tasks have waited again
         self.ended = [0] * len(Outcome)
         self.dropped: dict[DropReason, int] = dict.fromkeys(DropReason, 0)
@@ -92,10 +105,14 @@ class NameFigures:
 class Account(dict[str, NameFigures]):
     """The figures of one pool by the tasks' names."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.new_counts: Callable[[str], Counts] = new_counts  # called under the pool's lock
+
     def of(self, name: str) -> NameFigures:
         """Return the figures in which tasks called `name` are counted: always the same ones."""
         figures = self.get(name)
         if figures is None:
             label = name if len(self) < NAMES_MAX else OTHERS
-            figures = self.setdefault(label, NameFigures(label))
+            figures = self.setdefault(label, NameFigures(label, self.new_counts(label)))
         return figures

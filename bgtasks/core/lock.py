@@ -7,7 +7,13 @@ import sys
 import threading
 import time
 
-YIELDS = 20 if sys.version_info < (3, 14) and getattr(sys, "_is_gil_enabled", lambda: True)() else 0
+
+def has_gil() -> bool:
+    """Tell whether the threads share the GIL. On a free-threaded Python, a module's import may turn it on."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+
+
+YIELDS = 20 if sys.version_info < (3, 14) and has_gil() else 0
 
 
 def new_lock() -> threading.RLock:

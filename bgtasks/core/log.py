@@ -44,7 +44,7 @@ def log(
 ) -> None:
     """Log `message`, with the traceback of `error`, whatever the project's handlers and filters do.
 
-    For the threads of bgtasks: it swallows even a SystemExit that a handler raises.
+    It swallows even a SystemExit that a handler raises. A bare handler writes the message then.
     """
     try:
         logger.disabled = False  # as in `enabled`
@@ -61,7 +61,11 @@ def log(
             record.exc_text = _traceback_of(error)  # a Formatter takes it, where it would make its own
         logger.handle(record)
     except BaseException:
-        log_bare(level, message, args)
+        # Not by logger.makeRecord: the project's record factory may be what has raised.
+        bare = logging.LogRecord(logger.name, level, __file__, 0, message, args, None)
+        with contextlib.suppress(BaseException):
+            if logging.lastResort is not None:
+                logging.lastResort.handle(bare)
 
 
 def _traceback_of(error: BaseException) -> str:
@@ -83,6 +87,11 @@ def escaped(text: str) -> str:
     return re.sub(_CONTROL, lambda match: ascii(match[0])[1:-1], text.replace("\n", "\\n"))
 
 
+def encodable(text: str) -> str:
+    """Return `text` with halves of characters, which UTF-8 cannot encode, written out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def counts_of(names: Iterable[str]) -> str:
     """Return how many there are of which of `names`, the most frequent first, as text of bounded length."""
     counts = Counter(name[:NAME_LENGTH] for name in names)
@@ -90,12 +99,3 @@ def counts_of(names: Iterable[str]) -> str:
     untold = counts.total() - sum(count for _, count in told)
     shown = [f"{count} {name!r}" for name, count in told]
     return ", ".join([*shown, f"{untold} of other names"] if untold else shown)
-
-
-def log_bare(level: int, message: str, args: tuple[object, ...]) -> None:
-    """Say through a bare handler on standard error what the project's logging would not take."""
-    # Not by logger.makeRecord: the project's record factory may be what has raised.
-    record = logging.LogRecord(logger.name, level, __file__, 0, message, args, None)
-    with contextlib.suppress(BaseException):
-        if logging.lastResort is not None:
-            logging.lastResort.handle(record)

@@ -13,6 +13,7 @@ from functools import partial
 from time import sleep
 from typing import Any
 
+from bgtasks.clock import monotonic
 from bgtasks.core.log import log
 
 CLOSE_PATIENCE = 0.2  # seconds for what tasks have left behind on the loop
@@ -30,7 +31,7 @@ class Loop:
         self._new_executor = new_executor  # for asyncio.to_thread, and for look-ups
         self.may_run = may_run  # False where the loop would share its thread with all others
         # Called as the code of a task ends, with what it raised. In the child of a task that has forked, it
-        # ends the process, which shall run nothing of its parent's.
+        # ends the process, which must not run the tasks of its parent.
         self.end_if_forked: Callable[[BaseException | None], object] = lambda _: None
         self.blocked = False  # it does not answer; written by whoever watches it
         self.used = False  # since whoever watches it has cleared that
@@ -52,13 +53,15 @@ class Loop:
         loop.set_default_executor(executor)
         with contextlib.suppress(AttributeError):  # of a loop that is not written in Python
             setattr(loop, "shutdown_default_executor", _keep_executor)  # noqa: B010  # a method
+            setattr(loop, "time", monotonic)  # noqa: B010
         arguments = loop, executor
         thread = threading.Thread(target=self._main, args=arguments, name="bgtasks-drainer", daemon=True)
+        before = self.running, self.thread
         self.running, self.thread = loop, thread
         try:
             Context().run(thread.start)
         except BaseException:
-            self.running = self.thread = None
+            self.running, self.thread = before
             loop.close()
             raise
 
@@ -72,17 +75,9 @@ class Loop:
         return [thread]
 
     def replace(self) -> None:
-        """Have another loop, on a thread of its own, in place of one that is deaf.
-
-        Raises:
-            RuntimeError: As ``start``.
-        """
-        deaf, thread = self.running, self.thread
-        try:
-            self.start()
-        except BaseException:
-            self.running, self.thread = deaf, thread
-            raise
+        """Have another loop, and thread, in place of one that is deaf. Raises as ``start`` does."""
+        deaf = self.running
+        self.start()
         if deaf is not None:
             self._left[deaf] = asyncio.all_tasks(deaf)
 

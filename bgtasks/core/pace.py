@@ -6,10 +6,12 @@ Who says for how long is ``bgtasks.monitoring.pace``. This module is what slots 
 from __future__ import annotations
 
 from collections.abc import Collection
-from time import monotonic, sleep
+from time import sleep
+
+from bgtasks.clock import monotonic
 
 GRAIN = 0.001  # seconds; shorter waits add up until they are worth a sleep
-STEP = 0.05  # seconds that a slot sleeps before it looks whether it still has to
+STEP = 0.05  # seconds that a slot sleeps before it checks whether it still has to
 
 
 class Pace:
@@ -20,7 +22,7 @@ class Pace:
         self._next = 0.0  # monotonic seconds; two slots that write it at once start together, that is all
 
     def applies(self) -> bool:
-        """Tell whether a slot that goes from one plain function to another shall ``wait``."""
+        """Tell whether a slot that goes from one plain function to another has to ``wait``."""
         return self.interval > 0
 
     def free(self) -> None:

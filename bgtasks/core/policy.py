@@ -12,7 +12,6 @@ from bgtasks.core.figures import Outcome
 DELAY_MAX = 60.0  # seconds between two tries
 JITTER = 0.25  # of a delay, which becomes so much shorter or longer at random
 
-
 Function: TypeAlias = "Callable[..., Any] | Coroutine[Any, Any, Any]"
 
 
@@ -42,17 +41,24 @@ class Policy:
         self.asynchronous = asynchronous
         # In monotonic seconds:
         self.expires_at = inf if options.expires is None else spawned_at + options.expires
-        self.due_at = 0.0  # when it is to be tried again
+        self.due_at = 0.0  # when it may run, or is to be tried again
         self.tries = 0  # that have failed
 
     def delay_after(self, outcome: Outcome, error: BaseException | None, now: float) -> float | None:
         """Return after how many seconds to try again what ended like this; None if not at all."""
+        if not self.allows_retry(outcome, error):
+            return None
         options = self.options
-        if self.tries >= options.retries or outcome not in {Outcome.FAILED, Outcome.TIMED_OUT}:
-            return None
-        kind = TimeoutError if outcome is Outcome.TIMED_OUT else type(error)
-        if not issubclass(kind, options.retry_on):
-            return None
         delay = options.retry_delay * 2**self.tries * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311
         delay = min(delay, DELAY_MAX)
         return delay if now + delay < self.expires_at else None
+
+    def allows_retry(self, outcome: Outcome, error: BaseException | None) -> bool:
+        """Tell whether what ended like this may be tried again, if that is not too late."""
+        if self.tries >= self.options.retries or outcome not in {Outcome.FAILED, Outcome.TIMED_OUT}:
+            return False
+        kind = TimeoutError if outcome is Outcome.TIMED_OUT else type(error)
+        return issubclass(kind, self.options.retry_on)
+
+
+NO_POLICY = Policy(Options(), "", int, asynchronous=False, spawned_at=0.0)  # of all tasks without options

@@ -9,23 +9,23 @@ moment, a drain waits for exact tasks, and nothing depends on the GIL.
 Nothing of the user's is called under the lock: functions, logging, signals, callbacks, the ends of arguments.
 A signal handler or a ``__del__`` may spawn in the middle of a step, so the lock is re-entrant. Signals, and
 exceptions from outside (raised by a signal handler, or set on a thread), arrive as a function begins and
-after a call. So what belongs together is changed without a call between, and ``repair`` mends the rest.
+after a call. So what belongs together is changed without a call between, which is "atomic" in the comments,
+and ``repair`` mends the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from time import monotonic
 from typing import TypeVar
 
+from bgtasks.clock import monotonic
 from bgtasks.core.drain import step
-from bgtasks.core.figures import Outcome, ShedReason
+from bgtasks.core.figures import RUNNING, UNFINISHED, Outcome, ShedReason
 from bgtasks.core.lock import acquire, free
 from bgtasks.core.places import Place, SlotState, State
-from bgtasks.core.policy import Policy
 from bgtasks.core.task import Life, Task
-from bgtasks.core.waiting import Waiting, is_too_old
+from bgtasks.core.waiting import Waiting
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class TaskQueue(Waiting):
 
     @step
     def remove_slots(self, *, if_idle: bool = False) -> bool:
-        """Have no slots, so that nothing starts. False if one is not idle, and all shall be."""
+        """Have no slots, so that nothing starts. False if one is not idle, and all have to be."""
         if if_idle and len(self.idle) < len(self.slots):
             return False
         for slot in self.idle:
@@ -111,7 +111,7 @@ class TaskQueue(Waiting):
         """Release what is due, shed what is too old, and return where the next task is, if there is one."""
         self._release_due(now)
         while (index := self._first()) is not None:
-            if not is_too_old(self.waiting[index], now):
+            if self.waiting[index].policy.expires_at >= now:
                 break
             self._shed(ShedReason.EXPIRED, index)
         return index
@@ -126,27 +126,25 @@ class TaskQueue(Waiting):
 
     def _give(self, slot: SlotState, now: float, index: int = 0) -> Task:
         """Move a waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
-        # No call from here to the next one, so all of it is done or nothing.
-        task = self.waiting[index]
-        figures, policy = task.figures, task.policy
+        task = self.waiting[index]  # atomic from here on
+        counts, policy = task.figures.counts, task.policy
         task.started_at = now
         task.verdict = task.runner = task.stop_reason = None
         task.watched = task.overran = False
         self.queued -= 1
-        figures.queued -= 1
-        figures.running += 1
+        counts[RUNNING] += 1
         task.life = Life.RUNNING
         slot.task = task
         if slot.place is not Place.LOOP or not task.asynchronous:
             slot.place = Place.THREAD
         del self.waiting[index]
-        if policy is not None:
+        if policy.key:
             self._forget_key(task)
         return task
 
     @step
     def take(self, slot: SlotState) -> Task | None:
-        """Return the task that the slot's thread shall go on with; None if it may sleep."""
+        """Return the task that the slot's thread has to go on with; None if it may sleep."""
         if self.waking is slot:
             self.waking = None
         now = monotonic()
@@ -202,24 +200,25 @@ class TaskQueue(Waiting):
             self.idle[-1].wake()  # one of those that are left has to sleep no longer than it may
 
     @step
-    def retry(self, slot: SlotState, task: Task, policy: Policy, delay: float) -> str | None:
+    def retry(self, slot: SlotState, task: Task, delay: float) -> str | None:
         """Have a `task` that has failed wait again, for `delay` seconds; or return why it cannot."""
-        now = monotonic()
+        now, policy = monotonic(), task.policy
         if task.life is not Life.RUNNING or self.state is not State.OPEN:
             return "the pool is being shut down"
         if policy.key in self.keyed:
             return "a newer one with its key waits"
-        if self.queued >= self.capacity or len(self.delayed) >= max(1, self.capacity // 2):
+        half = max(1, self.capacity // 2)
+        full = len(self.delayed) >= half and sum(each.policy.tries > 0 for each in self.delayed) >= half
+        if full or self.queued >= self.capacity:
             return "the pool is full"
         policy.due_at = now + delay
-        index, times, figures = self._delayed_index(policy), task.times(now), task.figures
-        # No call from here to the last one, so all of it is done or nothing.
-        task.life, slot.task = Life.WAITING, None
+        index = self._delayed_index(policy) or 0  # what is due by now is the first
+        times, figures = task.times(now), task.figures
+        task.life, slot.task = Life.WAITING, None  # atomic from here on
         task.function, task.asynchronous = policy.function, policy.asynchronous
         task.spawned_at = policy.due_at
         policy.tries += 1
-        figures.running -= 1
-        figures.queued += 1
+        figures.counts[RUNNING] -= 1
         figures.retried += 1
         self.queued += 1
         if policy.key:
@@ -246,11 +245,9 @@ class TaskQueue(Waiting):
                 self._take_back(lent[task], task)
 
     def _take_back(self, slot: SlotState, task: Task) -> None:
-        figures = task.figures
-        # No call from here to the last one, so all of it is done or nothing.
-        self.queued += 1
-        figures.queued += 1
-        figures.running -= 1
+        counts = task.figures.counts
+        self.queued += 1  # atomic from here on
+        counts[RUNNING] -= 1
         task.life = Life.WAITING
         slot.task, slot.place = None, Place.IDLE
         self.idle += (slot,)
@@ -267,7 +264,7 @@ class TaskQueue(Waiting):
         """Return the task that an exception has hit on the slot's thread; None if none was, or it goes on."""
         if slot.task is None or slot.place is Place.LOOP:
             return None
-        slot.place = Place.THREAD  # the loop shall not begin it any more
+        slot.place = Place.THREAD  # the loop must not begin it any more
         return slot.task
 
     def repair(self) -> None:
@@ -276,7 +273,7 @@ class TaskQueue(Waiting):
         with self.lock:
             self.waking, self.asked_at = None, 0.0
             waits = [*self.waiting, *self.delayed]
-            self.keyed = {task.policy.key: task for task in waits if task.policy and task.policy.key}
+            self.keyed = {task.policy.key: task for task in waits if task.policy.key}
             self.idle = [slot for slot in self.slots if slot.place is Place.IDLE]
             for waiter in list(self.drains):
                 waiter.pending = {task for task in waiter.pending if task.life is not Life.ENDED}
@@ -292,9 +289,9 @@ class TaskQueue(Waiting):
         """Count `task`, which never waited, as spawned and ended in one."""
         figures = task.figures = self.account.of(task.name)
         task.end(outcome, task.times(monotonic()))
-        # No call since it was counted as ended, so all of it is done or nothing.
-        figures.spawned += 1
-        figures.running += 1
+        figures.spawned += 1  # atomic from here on
+        figures.counts[RUNNING] += 1
+        figures.counts[UNFINISHED] += 1
 
     # For whoever ends the pool.
 
@@ -319,7 +316,7 @@ class TaskQueue(Waiting):
         return look(self)
 
     def running(self) -> list[Task]:
-        """Return the tasks that run; all of one moment only as a part of a step."""
+        """Return the tasks that run. They are consistent only as a part of a step."""
         tasks = [slot.task for slot in self.slots]
         return [task for task in tasks if task is not None and task.life is not Life.ENDED]
 

@@ -8,8 +8,8 @@ import queue
 import threading
 from collections.abc import Mapping
 from functools import partial
-from time import monotonic
 
+from bgtasks.clock import monotonic
 from bgtasks.core.drainer import STOP_PATIENCE, Drainer, join
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import counts_of, log
@@ -17,7 +17,7 @@ from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task, current_task
 
-START_PATIENCE = 0.1  # seconds for threads to be started, before a shutdown looks whether they can be
+START_PATIENCE = 0.1  # seconds for threads to be started, before a shutdown checks whether they can be
 
 
 class Shutdown:
@@ -34,7 +34,7 @@ class Shutdown:
         self._drainer = drainer
         self._deadline: float | None = None  # monotonic seconds; see hasten
         self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the one who shuts down
-        self._asked: list[Task] = []  # running tasks that shall end; under the lock
+        self._asked: list[Task] = []  # running tasks that were asked to end; under the lock
         self._cancelled: list[Task] = []  # what was given up; under the lock
         self._told = 0  # of these, how many the listeners know of; under the lock
 
@@ -51,7 +51,7 @@ class Shutdown:
     def wait(self, own: Task | None) -> None:
         """Wait until nothing but `own` waits or runs, or the time is over; then cancel what waits."""
         slots, tasks = self.slots, self.slots.queue
-        slots.wind_up(self.deadline)
+        slots.wind_up(self.deadline, self._cancelled)
         while self._unfinished() - {own}:
             left = self.deadline - monotonic()
             if left <= 0 or (tasks.queued and not self._has_threads()):

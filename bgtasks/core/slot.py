@@ -18,18 +18,19 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from contextvars import Context
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty
-from time import monotonic
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
+from bgtasks.clock import monotonic
 from bgtasks.core.calls import ThreadCalls
 from bgtasks.core.figures import Outcome
 from bgtasks.core.log import log
 from bgtasks.core.loop import Loop
 from bgtasks.core.pace import Pace
 from bgtasks.core.places import Place, SlotState
-from bgtasks.core.policy import Policy
+from bgtasks.core.policy import NO_POLICY
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import GENERATORS, Hooks, Task, as_coroutine, current
 
@@ -41,15 +42,17 @@ _eager: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) el
 _new_runner = cast(Callable[..., "asyncio.Task[None]"], partial(asyncio.Task, **_eager))
 
 
-class SlotPool(Protocol):
+@dataclass(eq=False, repr=False)
+class SlotPool:
     """What the slots of one pool share."""
 
     queue: TaskQueue
     hooks: Hooks
     loop: Loop
     pace: Pace
-    task_timeout: float | None  # seconds
-    notify: Callable[[], None]  # called as an idle slot begins to work
+    task_timeout: float | None = field(kw_only=True)  # seconds
+    shutdown_timeout: float = field(kw_only=True)  # seconds
+    notify: Callable[[], None] = field(kw_only=True, default=lambda: None)  # as an idle slot begins to work
 
 
 class Slot(SlotState):
@@ -92,7 +95,10 @@ class Slot(SlotState):
         """End the task that the loop runs, as failed. Called while the loop does nothing, and never will."""
         task = self.task
         if task is not None and self.place is Place.LOOP:
-            self._ended = Outcome.FAILED, RuntimeError("the drainer's loop is deaf, and was replaced")
+            self._ended = (
+                Outcome.FAILED,
+                RuntimeError("the drainer's loop could not be woken, and was replaced"),
+            )
             self._return_to_thread(task)
 
     # On the slot's thread.
@@ -117,6 +123,7 @@ class Slot(SlotState):
 
     def _serve(self) -> None:
         while not self._stopping:
+            self.pool.loop.end_if_forked(None)
             self.calls.make(self._freshen)
             # The task is held by nobody but the call: an idle slot keeps nothing of its last one alive.
             if not self._work(self.queue.take(self)) and not self.calls:
@@ -146,11 +153,14 @@ class Slot(SlotState):
         return True
 
     def _tell_shed(self) -> None:
-        self.queue.tell_shed()
+        while self.queue.shed:
+            self.pool.loop.end_if_forked(None)
+            self.queue.tell_shed()
         self._clean()  # receivers may have used the ORM
 
     def _run(self, task: Task) -> Outcome | None:
         """Begin or conclude `task`, and return how it ended; None if the loop goes on with it."""
+        self.pool.loop.end_if_forked(None)  # by a receiver or a handler of the task before
         if self._ended is None:
             outcome: Outcome | None = None
             if not task.asynchronous or self.pool.hooks.needs_thread(task):
@@ -179,6 +189,7 @@ class Slot(SlotState):
             if hooks.watched():
                 task.watched = True
                 hooks.started(task)
+                self.pool.loop.end_if_forked(None)
             result = task.call()
             coroutine = None if result is None else self._coroutine(task, result)
             if coroutine is not None:
@@ -214,7 +225,7 @@ class Slot(SlotState):
         try:
             cast(Context, self.context).run(self._conclude, task, outcome, error)
         except BaseException as problem:  # of a hook, which none may raise
-            log(logging.ERROR, "the end of task %r could not be told", task.name, error=problem)
+            log(logging.ERROR, "the end of task %r could not be reported", task.name, error=problem)
         self._ended = self.context = None
         del error  # as above
         return outcome
@@ -222,7 +233,7 @@ class Slot(SlotState):
     def _conclude(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
         """Tell how `task` has ended. Called inside its context."""
         hooks = self.pool.hooks
-        if task.policy is None or not self._try_again(task, task.policy, outcome, error):
+        if task.policy is NO_POLICY or not self._try_again(task, outcome, error):
             hooks.ended(task, outcome, error, len(self.queue.waiting))
             if not task.watched:
                 task.verdict = outcome
@@ -230,13 +241,15 @@ class Slot(SlotState):
                 hooks.finished(task, outcome, error)
         hooks.leave()
 
-    def _try_again(self, task: Task, policy: Policy, outcome: Outcome, error: BaseException | None) -> bool:
-        """Have a task that has failed wait again, if it shall and can; False if this is its end."""
-        delay = policy.delay_after(outcome, error, monotonic())
+    def _try_again(self, task: Task, outcome: Outcome, error: BaseException | None) -> bool:
+        """Have a task that has failed wait again, if it may and can; False if this is its end."""
+        delay = task.policy.delay_after(outcome, error, monotonic())
         if delay is None:
             return False
-        refusal = self.queue.retry(self, task, policy, delay)
-        self.pool.hooks.retried(task, policy.tries, error, delay, refusal)
+        if task.watched:
+            self.pool.hooks.tried(task, error)  # first, or another slot may have begun the next
+        refusal = self.queue.retry(self, task, delay)
+        self.pool.hooks.retried(task, task.policy.tries, error, delay, refusal)
         return refusal is None
 
     def _recover(self, error: BaseException) -> None:
@@ -298,6 +311,7 @@ class Slot(SlotState):
     async def await_task(self, task: Task, begun: bool) -> None:
         """Await the task's coroutine, with the slot as the thread of its ORM calls, and note how it ended."""
         timer: asyncio.TimerHandle | None = None
+        self.pool.loop.end_if_forked(None)
         try:
             if begun:
                 self.pool.hooks.attach(task.captured)
@@ -343,7 +357,8 @@ class Slot(SlotState):
         error = asyncio.CancelledError() if runner.cancelled() else runner.exception()
         if self._ended is None:
             self._ended = self._failed(task, error)  # it has not even begun, or something of ours has failed
-        if self.calls.used:
+        # If a failed one is not tried again after all, its listeners are told, who may use the ORM.
+        if self.calls.used or (task.policy is not NO_POLICY and self._ended[1] is not None):
             cast(Context, self.context).run(self.pool.hooks.detach)
             self._return_to_thread(task)
             return None

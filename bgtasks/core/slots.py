@@ -5,40 +5,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextvars import Context
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
-from bgtasks.core.loop import Loop
-from bgtasks.core.pace import Pace
-from bgtasks.core.queue import TaskQueue
-from bgtasks.core.slot import Slot
-from bgtasks.core.task import Hooks, Task
+from bgtasks.core.slot import Slot, SlotPool
+from bgtasks.core.task import Task
 
 
-class Slots:
+@dataclass(eq=False, repr=False)
+class Slots(SlotPool):
     """The slots of one pool."""
 
-    def __init__(
-        self,
-        queue: TaskQueue,
-        hooks: Hooks,
-        loop: Loop,
-        pace: Pace,
-        *,
-        task_timeout: float | None,
-        shutdown_timeout: float,
-        notify: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.queue = queue
-        self.hooks = hooks
-        self.loop = loop
-        self.pace = pace
-        self.task_timeout = task_timeout  # seconds
-        self.shutdown_timeout = shutdown_timeout  # seconds
-        self.notify = notify
+    def __post_init__(self) -> None:
         self.look: Callable[[], None] | None = None  # called after each put, if the pool hands tasks off
-        self.runners = queue.conn_max  # slots that run tasks
-        queue.ask_loop = partial(loop.call_soon, self._claim)
+        self.runners = self.queue.conn_max  # slots that run tasks
+        self.queue.ask_loop = partial(self.loop.call_soon, self._claim)
         self.all: list[Slot] = []  # those that have threads; written under the drainer's lock
 
     def __repr__(self) -> str:
@@ -91,8 +73,9 @@ class Slots:
         """Have nothing start, for a fork; False if something runs."""
         return self.queue.remove_slots(if_idle=True)
 
-    def wind_up(self, deadline: float) -> None:
-        """Prepare for a shutdown that gives up what is left at `deadline` (monotonic seconds)."""
+    def wind_up(self, deadline: float, cancelled: list[Task]) -> None:
+        """Prepare for a shutdown at `deadline` (monotonic seconds): move what is due later to `cancelled`."""
+        self.queue.cancel_delayed(cancelled, deadline)
 
     def abandon(self, cancelled: list[Task]) -> None:
         """Give up what is left and neither waits nor runs, and move it to `cancelled`."""

@@ -12,12 +12,12 @@ from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, ContextVar
 from inspect import CO_ITERABLE_COROUTINE
-from time import monotonic
 from types import AsyncGeneratorType, GeneratorType
 from typing import Any, cast
 
-from bgtasks.core.figures import BOUNDS, NameFigures, Outcome
-from bgtasks.core.policy import Policy
+from bgtasks.clock import monotonic
+from bgtasks.core.figures import BOUNDS, RUNNING, UNFINISHED, NameFigures, Outcome
+from bgtasks.core.policy import NO_POLICY
 
 
 class Life(enum.Enum):
@@ -63,7 +63,7 @@ class Task:
         self.asynchronous = asynchronous  # may become True once: a plain function can return a coroutine
         self.context = context
         self.captured = captured  # what the hooks captured beside the context
-        self.policy: Policy | None = None  # if it has options; written before it is put
+        self.policy = NO_POLICY  # another one if it has options; written before it is put
         self.spawned_at = monotonic()  # or, after a try, when it is due again
         # Written under the pool's lock:
         self.life = Life.WAITING
@@ -82,13 +82,13 @@ class Task:
 
     def end(self, outcome: Outcome, times: tuple[float, int, float, int]) -> bool:
         """Count the running task as ended, with its `times`; False if it was before. Part of a step."""
-        figures = self.figures
+        figures, counts = self.figures, self.figures.counts
         waited, wait, ran, run = times
-        # No call from here on, so all of it is done or nothing.
-        if self.life is Life.ENDED:
+        if self.life is Life.ENDED:  # atomic from here on
             return False
         self.life, self.outcome = Life.ENDED, outcome
-        figures.running -= 1
+        counts[RUNNING] -= 1
+        counts[UNFINISHED] -= 1
         figures.ended[outcome] += 1
         figures.waits[wait] += 1
         figures.runs[run] += 1
@@ -151,7 +151,7 @@ class Hooks:
         """Let go of what the task's context holds. Called inside it, on the thread of ``enter``."""
 
     def needs_thread(self, task: Task) -> bool:  # noqa: ARG002
-        """Tell whether ``enter`` and ``leave`` of a coroutine shall be called on the slot's thread."""
+        """Tell whether ``enter`` and ``leave`` of a coroutine have to be called on the slot's thread."""
         return self.watched()
 
     def attach(self, captured: object) -> None:
@@ -179,6 +179,9 @@ class Hooks:
 
     def finished(self, task: Task, outcome: Outcome, error: BaseException | None) -> None:
         """Tell the listeners that `task` has ended. If it has run, on its slot's thread, in its context."""
+
+    def tried(self, task: Task, error: BaseException | None) -> None:
+        """Tell the listeners that a try of `task` has failed, before it waits again. As ``finished``."""
 
     def ended(self, task: Task, outcome: Outcome, error: BaseException | None, waiting: int) -> None:
         """Log how `task` ended, while so many are `waiting`. Called in its context, before ``finished``."""

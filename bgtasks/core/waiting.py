@@ -10,17 +10,20 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, MutableSequence
 from math import inf
-from time import monotonic
+from operator import attrgetter
 from typing import TypeVar
 
+from bgtasks.clock import monotonic
 from bgtasks.core.drain import Steps, step
-from bgtasks.core.figures import Account, DropReason, NameFigures, Outcome, ShedReason
+from bgtasks.core.figures import UNFINISHED, Account, DropReason, NameFigures, Outcome, ShedReason
 from bgtasks.core.lock import acquire
 from bgtasks.core.places import SlotState, State
-from bgtasks.core.policy import Policy
+from bgtasks.core.policy import NO_POLICY, Policy
 from bgtasks.core.task import Life, Task
 
 T = TypeVar("T")
+
+_due_at: Callable[[Task], float] = attrgetter("policy.due_at")
 
 
 class Waiting(Steps):
@@ -38,9 +41,10 @@ class Waiting(Steps):
         self.state = State.OPEN
         self.paused = False  # no task is taken
         self.waiting: deque[Task] = deque()
-        self.delayed: list[Task] = []  # until they are tried again, in the order of that time
+        self.delayed: list[Task] = []  # until they may run, or are tried again, in the order of that time
         self.keyed: dict[str, Task] = {}  # what waits and has a key, but for what is checked out
-        self.checked_out: dict[Task, None] = {}  # with a consumer that may hand them off, oldest first
+        # With a consumer that may hand them off, oldest first; True once the engine has the task.
+        self.checked_out: dict[Task, bool] = {}
         self.check_out_new = False  # what is put is checked out at once
         self.queued: int = 0  # how many wait
         self.idle: list[SlotState] = []  # the last one to go idle gets the first task: its thread is warm
@@ -60,15 +64,15 @@ class Waiting(Steps):
             if not lock.acquire(False):
                 acquire(lock)
             task.figures = figures = self.account.get(task.name) or self.account.of(task.name)
-            if task.policy is not None or self.queued >= self.capacity or self.state is not State.OPEN:
+            plain = task.policy is NO_POLICY and self.state is State.OPEN and self.queued < self.capacity
+            if not plain:
                 reason = self._put_specially(task)
             else:
-                # No call from here to the next one: all of it is done or nothing, nobody spawns in between.
-                figures.spawned += 1
-                figures.queued += 1
+                figures.spawned += 1  # atomic from here on
+                figures.counts[UNFINISHED] += 1
                 self.queued += 1
                 if self.check_out_new:
-                    self.checked_out[task] = None
+                    self.checked_out[task] = False
                 else:
                     self.waiting.append(task)
             if self.idle:
@@ -76,12 +80,12 @@ class Waiting(Steps):
             lock.release()
             if wake is not None:
                 wake()
-            if self.shed:
+            while not plain and self.shed:
                 self.tell_shed()
         except BaseException:
             self.repair()
             raise
-        if reason is not None or task.outcome is Outcome.COALESCED:
+        if not plain and (reason is not None or task.outcome is Outcome.COALESCED):
             task.discard()
         return reason
 
@@ -94,7 +98,7 @@ class Waiting(Steps):
 
     def _put_specially(self, task: Task) -> DropReason | None:
         """Put `task` in the place of another one, or where there is room for it, if there is."""
-        twin = None if task.policy is None else self.keyed.get(task.policy.key)
+        twin = self.keyed.get(task.policy.key)
         if self.state is not State.OPEN:
             return _count_drop(task.figures, DropReason.SHUTDOWN)
         if twin is not None and twin.life is Life.WAITING:
@@ -108,92 +112,95 @@ class Waiting(Steps):
         return None
 
     def _make_room(self) -> None:
-        """Shed what is too old at the head of the queue, and else the oldest task, if it shall give way."""
+        """Shed what is too old at the head of the queue, and else the oldest task, if it may be given up."""
         self._shed_expired(monotonic())
         if self.displaces and self.waiting and self.queued >= self.capacity:
             self._shed(ShedReason.DISPLACED)
 
     def _shed_expired(self, now: float) -> None:
-        while self.waiting and is_too_old(self.waiting[0], now):
+        while self.waiting and self.waiting[0].policy.expires_at < now:
             self._shed(ShedReason.EXPIRED)
 
     def _accept(self, task: Task) -> None:
         figures, policy = task.figures, task.policy
-        # No call from here on, so all of it is done or nothing.
-        figures.spawned += 1
-        figures.queued += 1
+        index = self._delayed_index(policy)
+        figures.spawned += 1  # atomic from here on
+        figures.counts[UNFINISHED] += 1
         self.queued += 1
         if self.check_out_new:
-            self.checked_out[task] = None
+            self.checked_out[task] = False
+        elif index is not None:
+            self.delayed[index:index] = (task,)
         else:
             self.waiting += (task,)
-            if policy is not None and policy.key:
+            if policy.key:
                 self.keyed[policy.key] = task
-        if policy is not None and policy.expires_at < inf:
+        if policy.expires_at < inf:
             self.makes_room = True
 
-    def _delayed_index(self, policy: Policy) -> int:
-        """Return where a task with this `policy` is to be delayed, and have a thread sleep until then."""
+    def _delayed_index(self, policy: Policy) -> int | None:
+        """Return where a task is to be delayed, and have a thread sleep until then; None if it is due."""
+        if policy.due_at <= monotonic():
+            return None
         if self.idle:
             self.idle[-1].wake()  # it looks when that is, after this step
-        return bisect_right(self.delayed, policy.due_at, key=due_at)
-
-    def _release(self, number: int) -> None:
-        """Have the first `number` of the delayed tasks wait no longer than the others."""
-        for _ in range(number):
-            # No call from here on: all of it is done or nothing.
-            self.waiting += (self.delayed[0],)
-            del self.delayed[0]
+        return bisect_right(self.delayed, policy.due_at, key=_due_at)
 
     def _release_due(self, now: float) -> None:
-        if self.delayed:
-            self._release(bisect_right(self.delayed, now, key=due_at))
+        """Have the delayed tasks that are due wait no longer than the others."""
+        # One by one: a spawn in the middle of another one may leave two in the wrong order.
+        while self.delayed and self.delayed[0].policy.due_at <= now:
+            self.waiting += (self.delayed[0],)  # atomic from here on
+            del self.delayed[0]
 
     def until_due(self) -> float | None:
         """Return in how many seconds the first delayed task is due; None if there is none."""
         first = self.delayed[:1]
-        return max(0.0, due_at(first[0]) - monotonic()) if first else None
+        return max(0.0, _due_at(first[0]) - monotonic()) if first else None
 
     # What ends without having run.
 
     def _shed(self, reason: ShedReason, index: int = 0) -> None:
         task = self.waiting[index]
-        # After a try it has failed, whatever becomes of the next one.
-        outcome = Outcome.FAILED if task.policy is not None and task.policy.tries else Outcome.SHED
+        # After a try it has failed, whether or not there is a next one.
+        outcome = Outcome.FAILED if task.policy.tries else Outcome.SHED
         self._end_waiting(task, outcome, self.shed, (task, reason), index)
 
     def _end_waiting(
         self, task: Task, outcome: Outcome, ended: MutableSequence[T], entry: T, index: int = 0
     ) -> None:
-        """Count the task at `index`, or one that is checked out, and add an `entry` to what has `ended`."""
-        # No call from here to the next one, so all of it is done or nothing.
-        if task.life is not Life.WAITING:
+        """Count a task, and add an `entry` to what has `ended`.
+
+        It waits at `index`, is checked out, or is the last one that is delayed.
+        """
+        if task.life is not Life.WAITING:  # atomic from here on
             return  # a spawn by a signal handler has just shed it
         task.life, task.outcome = Life.ENDED, outcome
-        task.figures.queued -= 1
+        task.figures.counts[UNFINISHED] -= 1
         task.figures.ended[outcome] += 1
         self.queued -= 1
         ended += (entry,)
         if task in self.checked_out:
             del self.checked_out[task]
+        elif self.delayed and self.delayed[-1] is task:
+            del self.delayed[-1]
         else:
             del self.waiting[index]
         self._forget_key(task)
         self.mark_ended(task)
 
     def _forget_key(self, task: Task) -> None:
-        if task.policy is not None and self.keyed.get(task.policy.key) is task:
+        if self.keyed.get(task.policy.key) is task:
             del self.keyed[task.policy.key]
 
     def tell_shed(self) -> None:
-        """Tell of what was shed. Called without the lock."""
-        while self.shed:
-            try:
-                task, reason = self.shed.popleft()
-            except IndexError:  # another thread has told the last one
-                return
-            task.discard()
-            self.on_shed(task, reason)
+        """Tell of one task that was shed, if there is one. Called without the lock."""
+        try:
+            task, reason = self.shed.popleft()
+        except IndexError:  # another thread has told the last one
+            return
+        task.discard()
+        self.on_shed(task, reason)
 
     # For a consumer that may hand tasks off.
 
@@ -204,12 +211,16 @@ class Waiting(Steps):
 
     @step
     def check_out(self, number: int) -> list[Task]:
-        """Check out up to `number` of the newest waiting tasks. They keep their places in CAPACITY."""
+        """Check out up to `number` of the newest waiting tasks. They keep their places in CAPACITY.
+
+        Delayed ones are checked out, after the others, only once the queue is closed.
+        """
         tasks: list[Task] = []
-        while len(tasks) < number and self.waiting:
-            task = self.waiting[-1]
-            self.checked_out[task] = None
-            self.waiting.pop()
+        while len(tasks) < number and (self.waiting or (self.delayed and self.state is not State.OPEN)):
+            source = self.waiting or self.delayed
+            task = source[-1]
+            self.checked_out[task] = False
+            del source[-1]
             self._forget_key(task)
             tasks.append(task)
         return tasks
@@ -219,9 +230,23 @@ class Waiting(Steps):
         """Let slots run `tasks`, unless they were cancelled, or are about to be: the queue is closed."""
         for task in tasks:
             if task in self.checked_out and self.state is not State.CLOSED:
-                # No call from here to the last one, so all of it is done or nothing.
-                del self.checked_out[task]
-                self.waiting.append(task)
+                index = self._delayed_index(task.policy)
+                del self.checked_out[task]  # atomic from here on
+                if index is None:
+                    self.waiting.append(task)
+                else:
+                    self.delayed[index:index] = (task,)
+
+    @step
+    def note_taken(self, task: Task) -> bool:
+        """Note that the engine has a checked-out `task`, for the caller to tell the listeners.
+
+        False if it was noted before, or a shutdown has cancelled the task.
+        """
+        if self.checked_out.get(task, True):
+            return False
+        self.checked_out[task] = True
+        return True
 
     @step
     def count_handed_off(self, task: Task) -> bool:
@@ -246,19 +271,45 @@ class Waiting(Steps):
 
     @step
     def close(self) -> None:
-        """Accept nothing more. What was accepted shall run, so it ends a pause, and the delay of retries."""
+        """Accept nothing more. What was accepted has to run, so it ends a pause, and the delay of retries."""
         self.paused = False
         if self.state is State.OPEN:
             self.state = State.CLOSING
-        self._release(len(self.delayed))
+        for task in [*self.delayed]:
+            if task.policy.tries and task in self.delayed:
+                task.policy.due_at = 0.0
+                self.waiting += (task,)  # atomic from here on
+                self.delayed.remove(task)
+
+    @step
+    def cancel_delayed(self, cancelled: list[Task], after: float) -> None:
+        """Move what may not run until `after` (monotonic seconds) to `cancelled`."""
+        while self.delayed and self.delayed[-1].policy.due_at > after:
+            self._end_waiting(self.delayed[-1], Outcome.CANCELLED, cancelled, self.delayed[-1])
 
     @step
     def cancel_waiting(self, cancelled: list[Task], *, checked_out: bool = False) -> None:
         """Close for good, and move what waits to `cancelled`; and if `checked_out`, what is checked out."""
         self.state = State.CLOSED
         self.check_out_new = False
-        for task in [*self.waiting, *(self.checked_out if checked_out else ())]:
+        self._release_due(inf)
+        untaken = [task for task, is_taken in self.checked_out.items() if checked_out and not is_taken]
+        for task in [*self.waiting, *untaken]:
             self._end_waiting(task, Outcome.CANCELLED, cancelled, task)
+
+    @step
+    def cancel_named(self, name: str, cancelled: list[Task]) -> None:
+        """Cancel what waits and is counted under `name`, but for what is checked out."""
+        for index in reversed(range(len(self.delayed))):
+            if self.delayed[index].figures.name == name:
+                self.waiting += (self.delayed[index],)  # atomic from here on
+                del self.delayed[index]
+        for _ in range(len(self.waiting)):
+            first = self.waiting[0]
+            if first.figures.name == name:
+                self._end_waiting(first, Outcome.CANCELLED, cancelled, first)
+            else:
+                self.waiting.rotate(-1)  # once around, so that the order stays
 
     # For whoever looks.
 
@@ -267,19 +318,8 @@ class Waiting(Steps):
         return [*self.checked_out, *self.waiting, *self.delayed]
 
 
-def is_too_old(task: Task, now: float) -> bool:
-    """Tell whether a waiting `task` shall not run any more at `now` (monotonic seconds)."""
-    return task.policy is not None and now > task.policy.expires_at
-
-
-def due_at(task: Task) -> float:
-    """Return when a delayed `task` may run, in monotonic seconds."""
-    return 0.0 if task.policy is None else task.policy.due_at
-
-
 def _count_drop(figures: NameFigures, reason: DropReason) -> DropReason:
-    # No call from here to the last one, so all of it is done or nothing.
-    figures.spawned += 1
+    figures.spawned += 1  # atomic from here on
     figures.dropped[reason] += 1
     return reason
 
@@ -287,10 +327,7 @@ def _count_drop(figures: NameFigures, reason: DropReason) -> DropReason:
 def _coalesce(twin: Task, task: Task) -> None:
     """Have `twin`, which waits, be what the newer `task` is. That one ends with what `twin` was."""
     old, new = twin.policy, task.policy
-    if old is None or new is None:
-        return
-    # No call from here on: all of it is done or nothing.
-    twin.function, task.function = task.function, twin.function
+    twin.function, task.function = task.function, twin.function  # atomic from here on
     twin.args, task.args = task.args, twin.args
     twin.kwargs, task.kwargs = task.kwargs, twin.kwargs
     twin.context, task.context = task.context, twin.context

@@ -6,7 +6,7 @@
       ▲                    │                        HANDOFF_WHEN "always": every task, as it is put
       └──────put_back──────┘
 
-    mover    takes tasks out of the queue, and decides what becomes of each
+    mover    takes tasks out of the queue, and decides what happens to each
     engine   in which form a task travels, and how the engine gets it
     payload  what can travel, and how a worker runs it
     slots    the slots of a pool that hands off: one of them is the mover

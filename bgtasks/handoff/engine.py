@@ -8,21 +8,23 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import iscoroutinefunction
-from time import monotonic
 from typing import Any, NamedTuple, cast
 
 from django.apps import apps
 from django.db import InterfaceError, OperationalError, connections, router, transaction
 from django.utils.module_loading import import_string
 
+from bgtasks.clock import monotonic
 from bgtasks.core.log import log
 from bgtasks.core.task import Task
+from bgtasks.django_tasks import seconds_until
 from bgtasks.handoff import payload
 from bgtasks.handoff.payload import CannotTravelError, Surroundings
 from bgtasks.hooks import Recorded
 
-NAMES = 1000  # names of tasks that cannot travel which are told apart
+NAMES = 1000  # names of tasks that cannot travel that are kept separate
 COMMIT_GRACE = 5.0  # seconds after which a database other than PostgreSQL has committed or never will
 
 BY_PATH = frozenset({"django_tasks_db", "django_tasks_rq", "huey"})  # packages of engines: see _runs_by_path
@@ -66,7 +68,7 @@ class Parcel:
 
 
 class Engine:
-    """The engine of one pool. Called on the mover's thread only."""
+    """The engine of one pool. Called on the mover's thread only, but for what is enqueued for later."""
 
     def __init__(self, alias: str, pool: str) -> None:
         self.alias = alias  # in TASKS
@@ -78,7 +80,7 @@ class Engine:
     def pack(self, task: Task) -> Parcel | None:
         """Return the task as it travels; None if it cannot, which is logged once for each name."""
         try:
-            return Parcel(task, self._content(task))
+            return Parcel(task, self.content(task))
         except CannotTravelError as reason:
             self._log_stay(task, str(reason))
         except Exception as error:
@@ -99,11 +101,18 @@ class Engine:
             self._logged.add(task.name)
         return new
 
-    def _content(self, task: Task) -> Content:
+    def content(self, task: Task) -> Content:
+        """Return what the engine is to enqueue.
+
+        Raises:
+            CannotTravelError: The task has to stay.
+        """
         along = payload.surroundings_of(task)
         engine = backend(self.alias)
         function = task.function
         if isinstance(function, Recorded):
+            if task.policy.options.expires is not None:
+                raise CannotTravelError("it expires, and a worker would run it however old it is")
             known, args, kwargs = function.description()
         else:
             known, args, kwargs = payload.known_task(function), [*task.args], {**task.kwargs}
@@ -112,18 +121,18 @@ class Engine:
             raise CannotTravelError(reason)
         if known is None:
             path, queue = payload.path_of(function), queue_name(engine, self._pool)
-            return self._signed(path, args, kwargs, along, queue)
+            return self._signed(None, path, args, kwargs, along, queue)
         # The signed one is a plain function, which every engine can run, and which every worker has.
         asynchronous = iscoroutinefunction(known.func) and not engine.supports_async_task
         if asynchronous or along != payload.NO_SURROUNDINGS or not _runs_by_path(engine):
-            return self._signed(known.module_path, args, kwargs, along, known.queue_name)
-        return Content(_using(known, self.alias, known.queue_name), args, kwargs)
+            return self._signed(known, known.module_path, args, kwargs, along, known.queue_name)
+        return Content(_using(known, self.alias, known.queue_name, known), args, kwargs)
 
-    def _signed(
-        self, path: str, args: list[Any], kwargs: dict[str, Any], along: Surroundings, queue: str
+    def _signed(  # noqa: PLR0917
+        self, known: Any, path: str, args: list[Any], kwargs: dict[str, Any], along: Surroundings, queue: str
     ) -> Content:
-        carrier = import_string("bgtasks.tasks.run_function")
-        return Content(_using(carrier, self.alias, queue), [payload.sign(path, args, kwargs, along)], {})
+        carrier = _using(import_string("bgtasks.tasks.run_function"), self.alias, queue, known)
+        return Content(carrier, [payload.sign(path, args, kwargs, along)], {})
 
     # Sending.
 
@@ -138,6 +147,10 @@ class Engine:
             self._send_each(engine, parcels)
         else:
             self._send_all(engine, parcels, database)
+
+    def give(self, content: Content, task: Task) -> None:
+        """Give one task to the engine, for the code that enqueues it. Raises what the engine raises."""
+        _enqueue(backend(self.alias), Parcel(task, content))
 
     def _send_each(self, engine: Any, parcels: Sequence[Parcel]) -> None:
         with _robust_receivers():
@@ -254,11 +267,20 @@ def _invalid_task() -> type[Exception]:
     return invalid
 
 
-def _using(task: Any, alias: str, queue: str) -> Any:
+def _using(task: Any, alias: str, queue: str, known: Any) -> Any:
+    """Return the `task` for the engine, with the priority and ``run_after`` of the `known` one, if any.
+
+    A priority is left out if the engine supports none, and a time that has passed in any case.
+    """
+    changes: dict[str, Any] = {"backend": alias, "queue_name": queue}
+    if known is not None:
+        prioritizes = getattr(backend(alias), "supports_priority", False)
+        changes["priority"] = known.priority if prioritizes else 0
+        changes["run_after"] = known.run_after if seconds_until(known.run_after) > 0 else None
     try:
-        return task.using(backend=alias, queue_name=queue)
+        return replace(task, **changes)
     except Exception as error:  # InvalidTask, or what a backend written for the backport has in its place
-        raise CannotTravelError(f"the engine does not take it: {error}") from None
+        raise CannotTravelError(f"the engine does not accept it: {error}") from None
 
 
 def _enqueue(engine: Any, parcel: Parcel) -> None:

@@ -16,17 +16,19 @@ import queue as queues
 import threading
 from collections.abc import Iterator
 from contextvars import Context
-from time import monotonic
+from functools import partial
 from weakref import WeakSet
 
+from bgtasks.clock import monotonic
 from bgtasks.context import fill
 from bgtasks.core.figures import Outcome
-from bgtasks.core.log import enabled, log
+from bgtasks.core.log import enabled, escaped, log
 from bgtasks.core.loop import Loop
 from bgtasks.core.places import State
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import Hooks, Task
 from bgtasks.handoff.engine import Engine, Fate, Parcel
+from bgtasks.repeats import repeats
 
 HIGH = 0.75  # of CAPACITY: with so many queued tasks a pool overflows ...
 LOW = 0.5  # ... and tasks are moved until only so many are left
@@ -35,7 +37,12 @@ BATCH_SECONDS = 0.25  # that a batch should take: with a slow engine it is a sma
 REST = 1.0  # seconds after a failure until the engine is tried again
 PAUSE = 0.1  # seconds after a pass that found nothing that can travel
 STALL = 5.0  # seconds that a batch may take before tasks that wait behind it are run here
-WARN_INTERVAL = 60.0  # seconds between two warnings of an engine that fails
+
+FAILED = (
+    "tasks of pool %r could not be handed off to the engine %r; "
+    "they run here, and %d that it may have wait for its answer"
+)
+FAILED_AGAIN = "pool %r again could not hand off to the engine %r (%d more): %s"
 
 
 class Mover:
@@ -63,8 +70,6 @@ class Mover:
         self._staying: WeakSet[Task] = WeakSet()  # that cannot travel, so that each is packed only once
         self._rest_until = 0.0  # monotonic seconds, before which the engine is not tried again
         self._each = 0.0  # seconds that the engine took for one task, lately
-        self._reported = 0  # of the queue's handoff_failures
-        self._quiet_until = 0.0  # monotonic seconds, before which no failure is logged
         queue.check_out_new = always
 
     def __repr__(self) -> str:
@@ -277,15 +282,15 @@ class Mover:
             batch.pop()
 
     def _end(self, task: Task) -> None:
-        """Count a task as handed off, and tell the listeners."""
+        """Tell the listeners that the engine has a task, and then count it."""
         queue = self.queue
-        if not queue.count_handed_off(task):
-            return  # a shutdown has given it up before, and reported it
-        if enabled(logging.DEBUG):
-            extra = {"task": task.name, "pool": queue.pool, "outcome": Outcome.HANDED_OFF.label}
-            message = "task %r of pool %r handed off to the engine %r"
-            log(logging.DEBUG, message, task.name, queue.pool, self.engine.alias, extra=extra)
-        Context().run(self._tell, task)
+        if queue.note_taken(task):  # or a shutdown has given it up before, and reported it
+            if enabled(logging.DEBUG):
+                extra = {"task": task.name, "pool": queue.pool, "outcome": Outcome.HANDED_OFF.label}
+                message = "task %r of pool %r handed off to the engine %r"
+                log(logging.DEBUG, message, task.name, queue.pool, self.engine.alias, extra=extra)
+            Context().run(self._tell, task)
+        queue.count_handed_off(task)
 
     def _tell(self, task: Task) -> None:
         fill(task.context, task.captured)
@@ -315,23 +320,17 @@ class Mover:
             queue.handoff_failures += 1
         if self.always:
             self.bypass()
-        if now < self._quiet_until:
-            return
-        self._quiet_until = now + WARN_INTERVAL
-        failures, self._reported = queue.handoff_failures - self._reported, queue.handoff_failures
-        log(
-            logging.WARNING,
-            "tasks of pool %r could not be handed off to the engine %r, %d times since the last warning; "
-            "they run here, and %d that it may have wait for its answer",
-            queue.pool,
-            self.engine.alias,
-            failures,
-            len(self._unsure),
-            error=error,
-        )
+        pool, alias = queue.pool, self.engine.alias
+        again = partial(self._warn_again, type(error).__name__)
+        is_first = repeats.is_first(("handoff", pool, alias), again)
+        level = logging.WARNING if is_first else logging.DEBUG
+        log(level, FAILED, pool, alias, len(self._unsure), error=error)
+
+    def _warn_again(self, kind: str, pool: str, count: int) -> None:
+        log(logging.WARNING, FAILED_AGAIN, pool, self.engine.alias, count, escaped(kind))
 
     def _watch(self) -> None:
-        """Have the drainer's loop look whether a batch takes too long, if tasks wait for nothing but that."""
+        """Have the drainer's loop check whether a batch takes too long, if tasks wait only for that."""
         if self.always and not self._watching:
             self._watching = True
             self._loop.call_later(STALL, self._look_at_batch)

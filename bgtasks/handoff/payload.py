@@ -48,7 +48,7 @@ class CannotTravelError(Exception):
 
 
 class Surroundings(NamedTuple):
-    """What travels along with a call; None is what a worker has by itself."""
+    """What is sent with a call; None stands for a worker's own value."""
 
     language: list[str | None] | None = None
     time_zone: str | int | None = None
@@ -137,7 +137,7 @@ def path_of(function: Any) -> str:
     return f"{function.__module__}.{name}"
 
 
-# What travels along.
+# What is sent with a call.
 
 
 def surroundings_of(task: Task) -> Surroundings:
@@ -219,7 +219,7 @@ def unsign(text: str) -> dict[str, Any]:
         payload: dict[str, Any] = signing.loads(text, salt=SALT, max_age=MAX_AGE)
     except signing.SignatureExpired:
         raise PayloadError(
-            f"the function was handed off more than {MAX_AGE.days} days ago, and is not run any more"
+            f"the function was handed off more than {MAX_AGE.days} days ago, and is no longer run"
         ) from None
     except Exception:
         raise PayloadError(

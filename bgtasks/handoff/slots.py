@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from bgtasks.core.log import log
-from bgtasks.core.loop import Loop
-from bgtasks.core.pace import Pace
-from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
-from bgtasks.core.task import Hooks, Task
+from bgtasks.core.task import Task
 from bgtasks.handoff.engine import Engine
 from bgtasks.handoff.mover import Mover
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class HandoffSlots(Slots):
     """The slots of one pool, of which one is the mover."""
 
-    def __init__(
-        self,
-        queue: TaskQueue,
-        hooks: Hooks,
-        loop: Loop,
-        pace: Pace,
-        *,
-        engine: Engine,
-        always: bool,
-        task_timeout: float | None,
-        shutdown_timeout: float,
-        notify: Callable[[], None] = lambda: None,
-    ) -> None:
-        super().__init__(
-            queue,
-            hooks,
-            loop,
-            pace,
-            task_timeout=task_timeout,
-            shutdown_timeout=shutdown_timeout,
-            notify=notify,
-        )
+    engine: Engine
+    always: bool  # hand off every task that can travel, not only those that are too many
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.runners -= 1
-        self.mover = Mover(queue, hooks, engine, loop, always=always)
+        self.mover = Mover(self.queue, self.hooks, self.engine, self.loop, always=self.always)
         self.look = self.mover.look
 
     def open(self) -> None:
@@ -79,7 +60,7 @@ class HandoffSlots(Slots):
         self.queue.add_slots(self.all)
         return False
 
-    def wind_up(self, deadline: float) -> None:
+    def wind_up(self, deadline: float, cancelled: list[Task]) -> None:  # noqa: ARG002  # the engine has them
         """Have everything that waits, and can travel, moved until `deadline` (monotonic seconds)."""
         self.mover.wind_up(deadline)
 

@@ -7,6 +7,7 @@
     cache      the cache with keys that are the same in the whole site
     snapshot   what a process shows of itself
     overview   what all processes of the site show
+    journal    tells what a killed process has lost
     watchdog   reports plain functions that run for too long
     health     what is wrong with this process
 """

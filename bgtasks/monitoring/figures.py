@@ -1,16 +1,20 @@
-"""Reading the figures of a pool, each time all of one moment."""
+"""Reading the figures of a pool, all at the same moment."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from math import ceil, floor, log10
-from time import monotonic
 from typing import NamedTuple
 
+from bgtasks.clock import monotonic
 from bgtasks.core.figures import BOUNDS, EXPORTED, NameFigures, Outcome
 from bgtasks.core.queue import TaskQueue
+from bgtasks.core.task import Task
+
+LOOKED_AT = 10_000  # waiting tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,25 +22,25 @@ class PoolStats:
     """One pool's figures at one moment.
 
     ``spawned == queued + running + succeeded + failed + timed_out + cancelled + dropped + shed + coalesced +
-    handed_off`` holds in every snapshot, not only at rest.
+    handed_off`` holds in every snapshot, also while tasks run.
 
     Attributes:
         capacity: Tasks that may wait.
         conn_max: Tasks that may run at once.
-        spawned: Calls of ``spawn`` so far in this process, dropped ones included.
+        spawned: Calls of ``spawn`` so far in this process, including dropped tasks.
         queued: Tasks that wait now.
         running: Tasks that run now.
         succeeded: Tasks that returned.
         failed: Tasks that raised.
         timed_out: Asynchronous tasks that were cancelled after ``TASK_TIMEOUT`` seconds.
-        cancelled: Accepted tasks that shutdown gave up, waiting or running.
+        cancelled: Accepted tasks that a shutdown gave up, and waiting tasks that were cancelled in the admin.
         dropped: Tasks that were not accepted.
         shed: Accepted tasks that were given up while they waited: too old, or displaced by newer ones.
-        coalesced: Submissions that an earlier one has become, which waits under the same key.
+        coalesced: Submissions that were merged with an earlier one that waited under the same key.
         handed_off: Tasks that were given to the engine.
-        retried: Tries that have failed, after which the tasks have waited again. No outcome.
-        stuck: Of the running ones, those past ``TASK_TIMEOUT``, which nothing can stop.
-        handoff_failures: How often the engine could not be reached, or failed; the tasks ran here.
+        retried: Failed tries after which the task waited for another try. This is not an outcome.
+        stuck: Running plain functions that are past ``TASK_TIMEOUT`` and cannot be stopped.
+        handoff_failures: How often the engine could not be reached, or failed; the tasks ran in this process.
     """
 
     capacity: int
@@ -125,13 +129,13 @@ class NameStats(NamedTuple):
     def of(cls, figures: NameFigures) -> NameStats:
         """Return what is counted now. Part of a step."""
         # No call from here to the next one: a signal handler that spawns does not come in the middle of it.
-        spawned, queued, running, ended = figures.spawned, figures.queued, figures.running, (*figures.ended,)
-        retried = figures.retried
+        spawned, ended, retried = figures.spawned, (*figures.ended,), figures.retried
+        unfinished, running = figures.counts
         dropped, waits, runs = {**figures.dropped}, (*figures.waits,), (*figures.runs,)
         return cls(
             name=figures.name,
             spawned=spawned,
-            queued=queued,
+            queued=unfinished - running,
             running=running,
             ended=ended,
             dropped={reason.value: count for reason, count in dropped.items() if count},
@@ -161,10 +165,37 @@ def _copy(queue: TaskQueue) -> tuple[list[NameStats], dict[str, int]]:
     }
 
 
+class WaitingStats(NamedTuple):
+    """How the tasks of one name wait, at one moment."""
+
+    oldest: float | None  # seconds that the oldest one has waited, of those that are not delayed
+    delayed: int  # of them, those that wait for a later time: to be tried again, or as run_after says
+    due: float | None  # seconds until the first of these may run
+
+
+def read_waiting(queue: TaskQueue) -> dict[str, WaitingStats]:
+    """Return how tasks wait now, by name. Of a long queue only the first LOOKED_AT tasks are looked at."""
+    waiting, delayed = queue.read(_copy_waiting)
+    now = monotonic()
+    oldest: dict[str, float] = {}
+    for task in waiting:
+        name = task.figures.name
+        oldest[name] = max(oldest.get(name, 0.0), now - task.spawned_at)
+    due: dict[str, float] = {}
+    for task in delayed:  # in the order of that time
+        due.setdefault(task.figures.name, max(0.0, task.policy.due_at - now))
+    numbers = Counter(task.figures.name for task in delayed)
+    return {name: WaitingStats(oldest.get(name), numbers[name], due.get(name)) for name in {**oldest, **due}}
+
+
+def _copy_waiting(queue: TaskQueue) -> tuple[list[Task], list[Task]]:
+    return [*queue.checked_out, *islice(queue.waiting, LOOKED_AT)], queue.delayed[:LOOKED_AT]
+
+
 def oldest_wait(queue: TaskQueue) -> float | None:
     """Return for how many seconds the oldest waiting task has waited; None if none waits."""
     since = queue.read(_oldest)
-    return None if since is None else monotonic() - since
+    return None if since is None else max(0.0, monotonic() - since)  # or it may not run yet
 
 
 def _oldest(queue: TaskQueue) -> float | None:

@@ -11,9 +11,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from time import monotonic
 from types import FrameType
 
+from bgtasks.clock import monotonic
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import indented, log
 from bgtasks.core.loop import Loop
@@ -22,14 +22,14 @@ from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.monitoring.thread import MonitorThread
 
-LOOK_INTERVAL = 0.5  # seconds between two looks
+LOOK_INTERVAL = 0.25  # seconds between two looks
 PATIENCE = 1.0  # seconds that the loop may take to answer
 
-DEAF_LOOKS = 4  # in a row that find it in its selector, though it was called; then it is replaced
+DEAF_LOOKS = 8  # in a row that find it in its selector, though it was called; then it is replaced
 
 NO_ANSWER = "the drainer's loop has not answered for %.1f s, and all coroutines wait: %s, at:\n%s"
 DEAF = (
-    "the drainer's loop is deaf: a task may have closed its file descriptors. It has been replaced; "
+    "the drainer's loop cannot be woken: a task may have closed its file descriptors. It has been replaced; "
     "coroutines that ran on the old one have failed"
 )
 
@@ -62,9 +62,9 @@ class LoopWatch(MonitorThread):
 
     def _run(self, stop: threading.Event) -> None:
         self._asked_at = None
-        while not stop.is_set():
+        while not stop.wait(LOOK_INTERVAL):
             self._drainer.loop.used = False  # first: if a coroutine comes *just* now, `_main` looks again
-            if not self._is_needed() or stop.wait(LOOK_INTERVAL):
+            if not self._is_needed():
                 return
             self._look()
 

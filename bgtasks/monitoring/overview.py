@@ -1,4 +1,4 @@
-"""What all processes of a site do, put together from their snapshots; and the switch that pauses a pool."""
+"""What all processes of a site do, put together from their snapshots."""
 
 from __future__ import annotations
 
@@ -16,19 +16,30 @@ from bgtasks import conf
 from bgtasks.core.figures import BOUNDS, OTHERS, Outcome
 from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
-from bgtasks.hooks import LAST
-from bgtasks.monitoring import snapshot
-from bgtasks.monitoring.cache import site_cache
+from bgtasks.monitoring import condition
+from bgtasks.monitoring.condition import Condition
 from bgtasks.monitoring.figures import Times
-from bgtasks.monitoring.publisher import HISTORY, PLACES, Publisher, pause_key, place_key, snapshot_key
+from bgtasks.monitoring.history import POINTS, STEP, shifted, total
+from bgtasks.monitoring.names import merge, most_important
+from bgtasks.monitoring.publisher import LOSSES, Publisher
+from bgtasks.monitoring.reading import published
+from bgtasks.monitoring.snapshot import NAME_MAX, share
 
 Json = dict[str, Any]
 
 SILENT_AFTER = 3  # intervals without a snapshot after which an active process counts as silent
-POINTS = 150  # of a chart of all processes
-POINTS_EACH = 75  # of the chart of one
-DROPS_MAX = 100  # rows of what a pool has dropped
+# Of all pools together, so that an answer is small and quick however many there are:
+NAMES_MAX = 400
+RUNNING_MAX = 200
+FAILURES_MAX = 100
+DROPS_MAX = 200
 ENDED = tuple(outcome.label for outcome in Outcome)
+
+# Of a process, for each pool.
+OF_PROCESS = ("queued", "capacity", "running", "conn_max", "stuck", "succeeded", "failed", "dropped", "shed")
+# From the worst condition to the best.
+WORST_FIRST = (Condition.STUCK, Condition.FULL, Condition.PAUSED, Condition.NOT_SEEN, Condition.WELL)
+ORDER = [of.value for of in WORST_FIRST]
 
 CAN_PROBE = os.name == "posix"  # elsewhere os.kill(pid, 0) is no question: on Windows it sends Ctrl-C
 
@@ -56,56 +67,71 @@ class OwnPools(Protocol):
 def overview(pools: OwnPools, *, own: bool = True) -> Json:
     """Return what the processes of the site do, as plain JSON: each of them, and each pool over all.
 
-    Without its `own`, this process is left out: a management command is none of the site's.
+    Without its `own`, this process is left out: a management command is none of the site's. The fields are
+    described in docs/observability.md.
     """
     now = time()
-    found, sight = snapshots(pools)
-    found = [process for process in found if own or not process.get("here")]
-    names = sorted({pool["name"] for process in found for pool in process["pools"]})
+    read, unread, sight = snapshots(pools)
+    seen = [process for process in read if own or not process["here"]]
+    losses = _losses(seen)
+    found: list[Json] = [
+        {**process, "state": _state(process, now)}
+        for process in seen
+        if not _is_reported(process, losses, now)
+    ]
+    parts: dict[str, list[tuple[Json, Json]]] = {}
+    for process in found:
+        of_process: list[Json] = process["pools"]
+        for pool in of_process:
+            parts.setdefault(pool["name"], []).append((process, pool))
+    shown = [_pool(name, parts[name], now, len(parts)) for name in sorted(parts)]
+    states = [pool["state"] for pool in shown]
     return {
         "at": now,
         "sight": sight,
-        "minutes": HISTORY / 60,
+        "minutes": STEP * POINTS / 60,
+        "state": min(states, key=ORDER.index, default=Condition.NOT_SEEN.value),
+        "losses": losses,
         "processes": [_process(process, now) for process in found],
-        "pools": [_pool(name, found, now) for name in names],
+        "unread": unread,
+        "pools": shown,
     }
 
 
-def snapshots(pools: OwnPools) -> tuple[list[Json], str]:
-    """Return the snapshots of all processes, this one's first, and how much of the site can be seen.
+def _losses(processes: Iterable[Json]) -> list[Json]:
+    """Return the losses of killed processes, the latest first, whichever process has reported them."""
+    losses = [loss for process in processes for loss in process["losses"]]
+    return sorted(losses, key=lambda loss: loss["at"], reverse=True)[:LOSSES]
+
+
+def snapshots(pools: OwnPools) -> tuple[list[Json], list[Json], str]:
+    """Return the snapshots of all processes, this one's first; those that cannot be read; and the sight.
 
     That is "all", "local" or "none" if the cache is in the memory of one process or keeps nothing, "off" if
     nothing is published, and "broken" if the cache could not be read.
     """
     pools.stats()  # for those pools, too, that this process has not used yet, such as after a fork
-    own = json.loads(json.dumps(pools.publisher.snapshot()))
-    own["here"] = True
+    own = {**json.loads(json.dumps(pools.publisher.snapshot())), "here": True}
     config = conf.snapshot_config()
     if config is None:
-        return [own], "off"
+        return [own], [], "off"
     sight = UNSHARED.get(_backend(config.cache), "all")
     try:
-        others = _published(config.cache)
+        found, unread = published(config.cache)
     except Exception as error:
         log(logging.WARNING, "the snapshots could not be read", error=error)
-        return [own], "broken"
+        return [own], [], "broken"
     place = pools.publisher.identity.place
-    others = [other for other in others if other["id"] != own["id"] and not _is_gone(other, place)]
-    return [own, *sorted(others, key=lambda other: (other["host"], other["started"]))], sight
+    others = [
+        {**other, "here": False} for other in found if other["id"] != own["id"] and not _is_gone(other, place)
+    ]
+    others.sort(key=lambda other: (other["host"], other["started"], other["id"]))
+    return [own, *others], unread, sight
 
 
 def _backend(alias: str) -> str:
     cache = type(caches[alias])
     return f"{cache.__module__}.{cache.__qualname__}"
-
-
-def _published(alias: str) -> list[Json]:
-    with site_cache(alias) as cache:
-        places = cache.get_many([place_key(number) for number in range(PLACES)])
-        texts = cache.get_many([snapshot_key(str(process)) for process in places.values()])
-    return [
-        content for text in texts.values() if (content := json.loads(text))["version"] == snapshot.VERSION
-    ]
 
 
 def _is_gone(process: Json, place: str) -> bool:
@@ -116,15 +142,15 @@ def _is_gone(process: Json, place: str) -> bool:
         os.kill(process["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        pass  # it lives, as another user
+    except (PermissionError, OverflowError):
+        pass  # it lives, as another user; or it is none that a process can have
     return False
 
 
 def _state(process: Json, now: float) -> str:
     if process["drainer"] in {"dead", "blocked"}:
         return str(process["drainer"])
-    if process.get("here") or (not process["idle"] and not _is_silent(process, now)):
+    if process["here"] or (not process["idle"] and not _is_silent(process, now)):
         busy = any(pool["stats"]["queued"] or pool["stats"]["running"] for pool in process["pools"])
         return "active" if busy else "idle"
     return "idle" if process["idle"] else "silent"
@@ -134,54 +160,92 @@ def _is_silent(process: Json, now: float) -> bool:
     return bool(now - process["at"] > SILENT_AFTER * process["interval"] + 1)
 
 
+def _is_reported(process: Json, losses: Iterable[Json], now: float) -> bool:
+    """Tell whether one of the `losses` is that of `process`, which has published nothing since.
+
+    In a container that has started again, a process may have the host name and the id of the one before it.
+    """
+    if process["idle"] or not _is_silent(process, now):
+        return False
+    who = process["host"], process["pid"]
+    return any((loss["host"], loss["pid"]) == who and loss["at"] >= process["at"] for loss in losses)
+
+
 def _process(process: Json, now: float) -> Json:
     return {
         "id": process["id"],
         "host": process["host"],
         "pid": process["pid"],
-        "here": process.get("here", False),
-        "state": _state(process, now),
+        "here": process["here"],
+        "state": process["state"],
         "age": max(0.0, now - process["at"]),
         "up": max(0.0, now - process["started"]),
         "pools": [
             {
                 "name": pool["name"],
-                "paused": pool["paused"],
-                "stats": pool["stats"],
+                "state": condition.of_process(process, pool).value,
+                **{key: pool["stats"][key] for key in OF_PROCESS},
+                "delayed": pool["delayed"],
                 "oldest": pool["oldest"],
-                "history": _history([(pool["history"], process["interval"])], now, POINTS_EACH),
             }
             for pool in process["pools"]
         ],
     }
 
 
-def _pool(name: str, processes: Iterable[Json], now: float) -> Json:
-    parts = [(process, pool) for process in processes for pool in process["pools"] if pool["name"] == name]
-    stats = {key: sum(pool["stats"].get(key, 0) for _, pool in parts) for key in parts[0][1]["stats"]}
+def _pool(name: str, parts: Sequence[tuple[Json, Json]], now: float, pools: int) -> Json:
     waits = [pool["oldest"] for _, pool in parts if pool["oldest"] is not None]
-    return {
+    dues = [pool["due"] for _, pool in parts if pool["due"] is not None]
+    pauses = [pool["pause"] for _, pool in parts if pool["pause"] is not None]
+    names = _by_name([row for _, pool in parts for row in pool["names"]])
+    drops = _drops(parts)
+    running = _merged(parts, "running", key="seconds")
+    failures = _failures(parts)
+    found = {
         "name": name,
+        "state": condition.of_pool(parts).value,
         "paused": any(pool["paused"] for _, pool in parts),
+        "pause": max(pauses, key=lambda pause: float(pause["at"]), default=None),
         "processes": len(parts),
-        "stats": stats,
+        "stats": {key: sum(pool["stats"][key] for _, pool in parts) for key in parts[0][1]["stats"]},
         "oldest": max(waits, default=None),
-        "names": _names([row for _, pool in parts for row in pool["names"]]),
-        "running": _merged(parts, "running", key="seconds", last=snapshot.RUNNING_MAX),
-        "failures": _merged(parts, "failures", key="at", last=LAST),
-        "drops": _drops(parts),
-        "history": _history([(pool["history"], process["interval"]) for process, pool in parts], now, POINTS),
+        "delayed": sum(pool["delayed"] for _, pool in parts),
+        "due": min(dues, default=None),
+        "names": [_name(row) for row in most_important(names, share(NAMES_MAX, pools))],
+        "names_known": len(names),
+        "running": running[: share(RUNNING_MAX, pools)],
+        "failures": failures[: share(FAILURES_MAX, pools)],
+        "failures_known": len(failures),
+        "drops": drops[: share(DROPS_MAX, pools)],
+        "drops_known": len(drops),
+        "history": total(_history(process, pool, now) for process, pool in parts),
     }
+    return {**found, "advice": condition.advice(parts, found, now)}
 
 
-def _merged(parts: Iterable[tuple[Json, Json]], what: str, *, key: str, last: int) -> list[Json]:
+def _merged(parts: Iterable[tuple[Json, Json]], what: str, *, key: str) -> list[Json]:
     """Return the entries of all processes, the largest first, each with the process it is of."""
     entries = [
-        {**entry, "host": process["host"], "pid": process["pid"]}
+        {**entry, "process": process["id"], "host": process["host"], "pid": process["pid"]}
         for process, pool in parts
         for entry in pool[what]
     ]
-    return sorted(entries, key=lambda entry: entry[key], reverse=True)[:last]
+    return sorted(entries, key=lambda entry: float(entry[key]), reverse=True)
+
+
+def _failures(parts: Iterable[tuple[Json, Json]]) -> list[Json]:
+    """Return the groups of failures over all processes, what failed last first.
+
+    What is not counted is of the last failure of the group.
+    """
+    groups: dict[tuple[str, ...], Json] = {}
+    for failure in _merged(parts, "failures", key="at"):
+        key = tuple(failure[part] for part in ("name", "outcome", "error", "where"))
+        last = groups.setdefault(key, {**failure, "times": 0, "processes": 0})
+        last["times"] += failure["times"]
+        last["processes"] += 1
+        last["since"] = min(last["since"], failure["since"])
+    return list(groups.values())
 
 
 def _drops(parts: Iterable[tuple[Json, Json]]) -> list[Json]:
@@ -206,28 +270,30 @@ def _drops(parts: Iterable[tuple[Json, Json]]) -> list[Json]:
                 "reason": reason,
                 "count": counts.get((name, reason)),
                 "at": last.get((name, reason)),
+                "process": process["id"],
                 "host": process["host"],
                 "pid": process["pid"],
             }
             for name, reason in {**last, **counts}
         ]
-    return sorted(rows, key=lambda row: (row["at"] or 0.0, row["count"] or 0), reverse=True)[:DROPS_MAX]
+    return sorted(rows, key=lambda row: (row["at"] or 0.0, row["count"] or 0), reverse=True)
 
 
-def _names(rows: Iterable[Json]) -> list[Json]:
+def _by_name(rows: Iterable[Json]) -> list[Json]:
     by_name: dict[str, list[Json]] = {}
     for row in rows:
         by_name.setdefault(row["name"], []).append(row)
-    return [_name(name, of) for name, of in sorted(by_name.items())]
+    return [merge(name, of) for name, of in by_name.items()]
 
 
-def _name(name: str, rows: Sequence[Json]) -> Json:
-    waits, runs = _times(row["waits"] for row in rows), _times(row["runs"] for row in rows)
+def _name(row: Json) -> Json:
+    waits, runs = _times(row["waits"]), _times(row["runs"])
     return {
-        "name": name,
-        **{key: sum(row[key] for row in rows) for key in ("spawned", "queued", "running")},
-        **{outcome: sum(row["ended"].get(outcome, 0) for row in rows) for outcome in ENDED},
-        "dropped": sum(sum(row["dropped"].values()) for row in rows),
+        "name": row["name"],
+        "single": row["name"] != OTHERS and len(row["name"]) < NAME_MAX,  # or it may be cut
+        **{key: row[key] for key in ("spawned", "queued", "running", "retried", "delayed", "oldest", "due")},
+        **{outcome: row["ended"].get(outcome, 0) for outcome in ENDED},
+        "dropped": sum(row["dropped"].values()),
         "wait_p50": waits.percentile(0.5),
         "wait_p95": waits.percentile(0.95),
         "run_p50": runs.percentile(0.5),
@@ -235,60 +301,14 @@ def _name(name: str, rows: Sequence[Json]) -> Json:
     }
 
 
-def _times(parts: Iterable[Json]) -> Times:
-    """Return the times of all processes together."""
+def _times(times: Json) -> Times:
     counts = [0] * (len(BOUNDS) + 1)
-    seconds = longest = 0.0
-    for part in parts:
-        for bucket, count in part["counts"].items():
-            counts[int(bucket)] += count
-        seconds += part["seconds"]
-        longest = max(longest, part["longest"])
-    return Times(counts, seconds, longest)
+    for bucket, count in times["counts"].items():
+        counts[int(bucket)] = count
+    return Times(counts, times["seconds"], times["longest"])
 
 
-def _history(histories: Iterable[tuple[Sequence[Sequence[float]], float]], now: float, points: int) -> Json:
-    """Return queued and running tasks at `points` moments, the last of which is now.
-
-    A process says nothing while it is idle, so long after a sample there was nothing. Within one point, the
-    largest figure of a process counts: a short burst shall be seen.
-    """
-    step = HISTORY / points
-    total = {"queued": [0] * points, "running": [0] * points}
-    for samples, interval in histories:
-        ends = [*(sample[0] for sample in samples[1:]), now]
-        for place, figures in enumerate(total.values(), start=1):
-            mine = [0] * points
-            for sample, end in zip(samples, ends, strict=False):
-                figure, at = int(sample[place]), sample[0]
-                until = min(end, at + SILENT_AFTER * interval) if figure else at
-                first, last = (points - 1 - int((now - moment) / step) for moment in (at, until))
-                for point in range(max(first, 0), min(last, points - 1) + 1):
-                    mine[point] = max(mine[point], figure)
-            figures[:] = map(sum, zip(figures, mine, strict=True))
-    return total
-
-
-def set_paused(pools: OwnPools, pool: str, paused: bool, *, by: str) -> None:  # noqa: FBT001  # of a switch
-    """Have every process of the site pause or resume `pool`: each at its next beat, this one at once.
-
-    Raises:
-        LookupError: Nothing is published, so the other processes would not learn of it.
-    """
-    config = conf.snapshot_config()
-    if config is None:
-        raise LookupError("BGTASKS_SNAPSHOT is None, so a pool cannot be paused")
-    with site_cache(config.cache) as cache:
-        if paused:
-            cache.set(pause_key(pool), {"by": by, "at": time()}, None)
-        else:
-            cache.delete(pause_key(pool))
-    pools.stats()
-    for slots in pools.built():
-        if slots.queue.pool != pool:
-            continue
-        if paused:
-            slots.queue.pause()
-            pools.publisher.notify()  # which ends the pause when the key is gone
-        else:
-            slots.queue.resume()
+def _history(process: Json, pool: Json, now: float) -> dict[str, list[int]]:
+    goes_on = not process["idle"] and process["state"] != "silent"
+    points: dict[str, list[int]] = pool["history"]
+    return {what: shifted(of, now - process["at"], goes_on=goes_on) for what, of in points.items()}

@@ -1,8 +1,8 @@
 """Where a process tells the others of its site what it does, through Django's cache.
 
-A thread publishes a snapshot every INTERVAL seconds while tasks come and go, and a last one after they have
+A thread publishes a snapshot every INTERVAL seconds while tasks are spawned or run, and one after they have
 ended. Then it ends: an idle process makes no wake-ups. It is no slot, so it works while all slots are stuck;
-and it is not the drainer's loop, so a cache that answers slowly holds up no task. Of a database cache
+and it is not the drainer's loop, so a slow cache does not delay a task. Of a database cache
 it uses one connection, for the moment of publishing.
 
 The cache has no list of its keys. So each process claims one of PLACES keys of known names with ``add``,
@@ -18,41 +18,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextvars import Context
-from time import monotonic, time
 from typing import Any
-from urllib.parse import quote
 
 from django.core.cache import BaseCache, caches
 
 from bgtasks import conf, database
+from bgtasks.clock import monotonic
 from bgtasks.core.drainer import FORK_PATIENCE, STOP_PATIENCE, Drainer
 from bgtasks.core.log import log
 from bgtasks.core.slots import Slots
 from bgtasks.monitoring import snapshot
-from bgtasks.monitoring.cache import site_cache
+from bgtasks.monitoring.cache import PLACES, place_keys, site_cache, snapshot_key
 from bgtasks.monitoring.figures import PoolStats, read_stats
+from bgtasks.monitoring.history import History
+from bgtasks.monitoring.journal_file import Loss
+from bgtasks.monitoring.orders import Orders
 from bgtasks.monitoring.thread import MonitorThread
 
-PLACES = 256  # processes of a site that can be seen
 KEPT = 3600  # seconds that the cache keeps a snapshot
 SIZE_MAX = 900_000  # bytes of a snapshot; Memcached takes a million
-HISTORY = 300.0  # seconds of samples
+LOSSES = 20  # killed processes that are shown
 COMPLAIN_INTERVAL = 60.0  # seconds between two warnings that a snapshot could not be published
-
-
-def place_key(number: int) -> str:
-    """Return the key under which a process writes its id."""
-    return f"bgtasks.{snapshot.VERSION}.process.{number}"
-
-
-def snapshot_key(process: str) -> str:
-    """Return the key of a process's snapshot."""
-    return f"bgtasks.{snapshot.VERSION}.snapshot.{quote(process, safe=':')}"
-
-
-def pause_key(pool: str) -> str:
-    """Return the key that is there as long as a pool shall be paused."""
-    return f"bgtasks.{snapshot.VERSION}.paused.{quote(pool, safe='')}"[:200]
 
 
 class Publisher(MonitorThread):
@@ -72,8 +58,10 @@ class Publisher(MonitorThread):
         """Be another process, with no thread and nothing published: this is a forked child."""
         super().forget()
         self.identity = snapshot.Identity()
-        self.place: int | None = None  # the number of the key that holds our id; written by the thread
-        self.history: dict[str, deque[snapshot.Sample]] = {}  # by pool; written by the thread
+        self.place: str | None = None  # the key that holds our id; written by the thread
+        self.history: dict[str, History] = {}  # by pool; written by the thread
+        self.orders = Orders()
+        self.losses: deque[snapshot.Json] = deque(maxlen=LOSSES)  # told by this process; see note_loss
         self._seen: dict[str, PoolStats] = {}  # the last time we looked; written by the thread
         self._io = threading.Lock()  # held while the cache is used
         self._forking = False  # a fork holds _io; written by whoever forks
@@ -105,6 +93,11 @@ class Publisher(MonitorThread):
             return  # too late: the others will see that the process is gone
         thread.join(STOP_PATIENCE)  # the cache may not answer
 
+    def note_loss(self, loss: Loss) -> None:
+        """Show what a killed process has lost, of which this one has told. Called by the journal's thread."""
+        self.losses.append(snapshot.loss(loss))
+        self.notify()
+
     # The thread.
 
     def _is_wanted(self) -> bool:
@@ -115,6 +108,7 @@ class Publisher(MonitorThread):
 
     def _run(self, stop: threading.Event) -> None:
         interval = self.config.interval if self.config else conf.SnapshotConfig().interval
+        self.orders.begin()
         try:
             while self._beat(stopping=stop.is_set()) and not stop.is_set():
                 stop.wait(interval)
@@ -126,12 +120,13 @@ class Publisher(MonitorThread):
         pools = list(self._built())
         stats = {slots.queue.pool: read_stats(slots.queue) for slots in pools}
         busy = any(of.queued or of.running for of in stats.values())
-        return stats, busy or stats != self._seen or any(slots.queue.paused for slots in pools)
+        ordered = bool(self.orders.ended) or any(slots.queue.paused for slots in pools)
+        return stats, busy or ordered or stats != self._seen
 
     def _beat(self, *, stopping: bool) -> bool:
-        """Publish, and learn whether a pool shall be paused; False if nothing happens any more."""
+        """Publish, and carry out what is ordered; False if nothing happens any more."""
         self._seen, busy = self._look()
-        self._remember(time())
+        self._remember(monotonic())
         self._call_listeners()
         if self.config is not None:
             try:
@@ -145,11 +140,7 @@ class Publisher(MonitorThread):
 
     def _remember(self, now: float) -> None:
         for pool, of in self._seen.items():
-            samples = self.history.setdefault(pool, deque())
-            ended = of.succeeded + of.failed + of.timed_out + of.cancelled + of.handed_off
-            samples.append((round(now, 2), of.queued, of.running, ended, of.dropped))
-            while len(samples) > 1 and samples[0][0] < now - HISTORY:
-                samples.popleft()
+            self.history.setdefault(pool, History()).add(now, of.queued, of.running)
 
     def _call_listeners(self) -> None:
         for listener in self.listeners:
@@ -159,37 +150,32 @@ class Publisher(MonitorThread):
                 self._complain("a listener of the publisher has failed", error)
 
     def _exchange(self, alias: str, *, idle: bool) -> None:
-        pools = {pause_key(slots.queue.pool): slots.queue for slots in self._built()}
+        pools = list(self._built())
         content = encode(self.snapshot(idle=idle))
         # Nothing in here takes a pool's lock: a fork holds them all while it waits for this one.
         with self._io, site_cache(alias) as cache:
             self._publish(cache, content)
-            paused = cache.get_many(pools)
-        for key, queue in pools.items():
-            if key not in paused and queue.paused:
-                queue.resume()
-                log(logging.INFO, "pool %r is resumed", queue.pool)
-            elif key in paused and not queue.paused and queue.pause():
-                log(logging.INFO, "pool %r is paused", queue.pool)
+            found = self.orders.read(cache, [slots.queue.pool for slots in pools])
+        self.orders.carry_out(found, pools)
 
     def _publish(self, cache: BaseCache, content: str) -> None:
         mine = self.identity.id
         # It may have expired, or the cache have been cleared, and the place be somebody else's by now.
-        if self.place is None or cache.get(place_key(self.place)) != mine:
+        if self.place is None or cache.get(self.place) != mine:
             self.place = self._claim(cache)
         if self.place is None:
             self._complain(f"more than {PLACES} processes publish; this one cannot be seen", None)
             return
-        refused: Any = cache.set_many({place_key(self.place): mine, snapshot_key(mine): content}, KEPT)
+        refused: Any = cache.set_many({self.place: mine, snapshot_key(mine): content}, KEPT)
         if refused:
             self._complain("the cache has refused the snapshot", None)
 
-    def _claim(self, cache: BaseCache) -> int | None:
+    def _claim(self, cache: BaseCache) -> str | None:
+        keys = place_keys()
         first = random.randrange(PLACES)  # noqa: S311  # only so that most find a free place at once
-        for step in range(PLACES):
-            number = (first + step) % PLACES
-            if cache.add(place_key(number), self.identity.id, KEPT):
-                return number
+        for key in (*keys[first:], *keys[:first]):
+            if cache.add(key, self.identity.id, KEPT):
+                return key
         return None
 
     def _leave(self) -> None:
@@ -199,8 +185,8 @@ class Publisher(MonitorThread):
             if place is not None and self.config is not None:
                 with site_cache(self.config.cache) as cache:
                     cache.delete(snapshot_key(self.identity.id))
-                    if cache.get(place_key(place)) == self.identity.id:
-                        cache.delete(place_key(place))
+                    if cache.get(place) == self.identity.id:
+                        cache.delete(place)
         except Exception as error:
             self._complain("the snapshot could not be taken back", error)
         finally:
@@ -225,9 +211,15 @@ class Publisher(MonitorThread):
     def snapshot(self, *, idle: bool = False) -> snapshot.Json:
         """Return what this process does now."""
         interval = conf.SnapshotConfig().interval if self.config is None else self.config.interval
-        history = {pool: list(samples.copy()) for pool, samples in self.history.copy().items()}
         return snapshot.take(
-            self.identity, self._drainer, list(self._built()), history, idle=idle, interval=interval
+            self.identity,
+            snapshot.drainer_state(self._drainer),
+            list(self._built()),
+            {pool: history.read() for pool, history in self.history.copy().items()},
+            pauses={pool: pause._asdict() for pool, pause in self.orders.pauses.copy().items()},
+            losses=list(self.losses.copy()),
+            idle=idle,
+            interval=interval,
         )
 
 
@@ -239,5 +231,4 @@ def encode(content: snapshot.Json) -> str:
     for pool in content["pools"]:
         for entry in [*pool["running"], *pool["failures"]]:
             entry["stack" if "stack" in entry else "traceback"] = None
-        pool["names"] = pool["names"][:50]
     return json.dumps(content, separators=(",", ":"))

@@ -38,7 +38,7 @@ class MonitorThread:
     # What a subclass says.
 
     def _is_wanted(self) -> bool:
-        """Tell whether the thread shall be there while tasks run. Called as a slot begins to work."""
+        """Tell whether the thread has to be there while tasks run. Called as a slot begins to work."""
         raise NotImplementedError
 
     def _run(self, stop: threading.Event) -> None:

@@ -6,16 +6,27 @@ import logging
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from time import monotonic
+from contextvars import Context
 
+from bgtasks.clock import monotonic
 from bgtasks.core.log import indented, log
 from bgtasks.core.slot import Slot
 from bgtasks.core.slots import Slots
-from bgtasks.core.task import Life, Task
+from bgtasks.core.task import Life, Task, current
 from bgtasks.monitoring.thread import MonitorThread
 
 OVERRUN = "task %r of pool %r runs for longer than %g s and holds slot %r at:\n%s"
+
+
+def functions(pools: Iterable[Slots]) -> Iterator[tuple[Slots, Slot, Task]]:
+    """Yield each plain function that runs in `pools`: its pool, its slot, and its task."""
+    for slots in pools:
+        for slot in slots.all:
+            task = slot.task
+            if task is not None and not task.asynchronous and task.life is Life.RUNNING:
+                yield slots, slot, task
 
 
 class Watchdog(MonitorThread):
@@ -48,14 +59,9 @@ class Watchdog(MonitorThread):
 
     def _functions(self) -> Iterator[tuple[Slot, Task, float]]:
         """Yield each plain function that runs in a pool with a limit: its slot, its task, and that limit."""
-        for slots in self._built():
-            limit = slots.task_timeout
-            if limit is None:
-                continue
-            for slot in slots.all:
-                task = slot.task
-                if task is not None and not task.asynchronous and task.life is Life.RUNNING:
-                    yield slot, task, limit
+        for slots, slot, task in functions(self._built()):
+            if slots.task_timeout is not None:
+                yield slot, task, slots.task_timeout
 
     def _look(self) -> float | None:
         """Report what is past its limit. Return the seconds until the next look; None if nothing runs."""
@@ -79,4 +85,7 @@ def _report(slot: Slot, task: Task, limit: float) -> None:
         return  # it has ended since we looked
     del frame  # which keeps the task's variables
     task.overran = True
-    log(logging.ERROR, OVERRUN, task.name, slot.queue.pool, limit, slot.name, where)
+    # As the task itself would say it: what is logged about a mail that hangs is not mailed.
+    context = Context()
+    context.run(current.set, weakref.ref(task))
+    context.run(log, logging.ERROR, OVERRUN, task.name, slot.queue.pool, limit, slot.name, where)

@@ -4,7 +4,7 @@
 file               what it holds
 =================  =====================================================================================
 ``process-PID``    who a process is: written by it when Django is ready there, and after a fork
-``order-PID``      for how many seconds of work it shall spawn: written by the command
+``order-PID``      how many seconds of work it has to spawn: written by the command
 ``account-PID``    a line for each event in it, appended in one write, so that a SIGKILL loses none
 =================  =====================================================================================
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bgtasks.core.figures import Outcome
-from bgtasks.rehearsal.servers import ServerFacts
+from bgtasks.servers import ServerFacts
 
 ACCEPTED = "accepted"
 READY = "ready"  # the pools are filled, and probes run

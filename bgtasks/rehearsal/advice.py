@@ -6,6 +6,7 @@ What is known here of each server is what ``tests/test_servers.py`` finds of the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,9 @@ from bgtasks.rehearsal.results import GROUP, ProcessResult, Result
 ENDED_BY_THEIR_OWN = frozenset({"hypercorn", "uwsgi"})  # whose workers a SIGTERM of their own ends at once
 SHARE = 0.8  # of a limit that SHUTDOWN_TIMEOUT may take
 
-WRAPPER = "write in asgi.py: application = bgtasks.asgi.lifespan(get_asgi_application())"
+APPLICATION = re.compile(r"((?:\w+\.)+[aw]sgi)(:\w+)?")  # as in a server's command: mysite.asgi:application
+
+WRAPPER = "application = bgtasks.asgi.lifespan(get_asgi_application())"
 KILL_MODE = "under systemd, write in the unit: KillMode=mixed; elsewhere, signal the main process only"
 UWSGI_HOOK = (
     "start uwsgi with --hook-master-start 'unix_signal:15 gracefully_kill_them_all' and without --die-on-term"
@@ -24,7 +27,7 @@ ONE_WORKER = (
     "start hypercorn with one worker (-w 1), and more containers or services in place of more workers"
 )
 RUNSERVER = "deploy with another server, such as gunicorn: runserver is for development"
-WAITRESS = "write in wsgi.py: signal.signal(signal.SIGTERM, lambda *_: sys.exit())"
+WAITRESS = "signal.signal(signal.SIGTERM, lambda *_: sys.exit())"
 EXEC = "write exec before the server's command in the start script; in a Dockerfile, give CMD as a list"
 HOOK = "call bgtasks.shutdown() where the process ends"
 KILL_OPTIONS = (
@@ -46,14 +49,13 @@ class Advice(NamedTuple):
 
 def verdict(result: Result) -> str:
     """Return what came out, in one sentence."""
-    signum = result.plan.signum.name
+    ended = f"the last process ended {result.ended_after:.1f} s after {result.plan.signum.name}"
     if result.lost:
         where = sum(process.account.lost > 0 for process in result.processes)
         return (
             f"{result.lost} of {result.accepted} accepted tasks were lost without a word, in {where} of "
-            f"{_processes(len(result.processes))}"
+            f"{_processes(len(result.processes))}, and {ended}"
         )
-    ended = f"the last process ended {result.ended_after:.1f} s after {signum}"
     if result.cancelled:
         return (
             f"No task was lost without a word: {result.cancelled} of {result.accepted} accepted tasks were "
@@ -77,7 +79,7 @@ def _of_loss(process: ProcessResult, result: Result) -> Advice:
     causes = (
         _of_script(process, result)
         or _of_server(process, result)
-        or _of_lifespan(process)
+        or _of_lifespan(process, result)
         or _of_gunicorn(process)
         or _of_kill(process, result)
     )
@@ -108,18 +110,20 @@ def _of_server(process: ProcessResult, result: Result) -> Advice | None:
         return Advice("the first worker of hypercorn that has ended ends the others", ONE_WORKER)
     if name == "waitress" and not process.account.closing:
         return Advice(
-            f"waitress does not handle {signum}, so that its process ends without exit hooks", WAITRESS
+            f"waitress does not handle {signum}, so that its process ends without exit hooks",
+            f"write in {_file(result, 'wsgi.py')}: {WAITRESS}",
         )
     return None
 
 
-def _of_lifespan(process: ProcessResult) -> Advice | None:
+def _of_lifespan(process: ProcessResult, result: Result) -> Advice | None:
     """Return what to do on uvicorn, where the lifespan is the only way to hear of a shutdown."""
     uvicorn = process.server.name == "uvicorn" or "uvicorn" in process.server.worker.lower()
     if not uvicorn or process.account.closing or process.ended.killed:
         return None
     return Advice(
-        f"{_name(process)} has not announced its lifespan to bgtasks, and runs no exit hook", WRAPPER
+        f"{_name(process)} has not announced its lifespan to bgtasks, and runs no exit hook",
+        f"write in {_file(result, 'asgi.py')}: {WRAPPER}",
     )
 
 
@@ -154,10 +158,10 @@ def _of_kill(process: ProcessResult, result: Result) -> Advice | None:
 
 def _too_long(process: ProcessResult, who: str, limit: float, option: str) -> Advice:
     timeout = process.shutdown_timeout
-    setting = f'BGTASKS = {{"default": {{"SHUTDOWN_TIMEOUT": {SHARE * limit:g}}}}}'
+    setting = f'"SHUTDOWN_TIMEOUT": {SHARE * limit:g} for each pool in BGTASKS, also for "default"'
     return Advice(
         f"SHUTDOWN_TIMEOUT is {timeout:g} s, and {who} comes after {limit:g} s",
-        f"write in the settings: {setting}; or raise {option} above {timeout:g} s",
+        f"write {setting}; or raise {option} above {timeout:g} s",
     )
 
 
@@ -190,11 +194,9 @@ def _risks(process: ProcessResult, result: Result) -> Iterator[str]:
     server, timeout = process.server, process.shutdown_timeout
     if process.account.lost:
         return
-    limits = {"the kill": result.plan.kill_after, "gunicorn's --graceful-timeout": server.graceful_timeout}
-    if server.max_requests:
-        limits["gunicorn's --timeout, when a worker is replaced at its --max-requests,"] = server.timeout
+    limits = {"the kill": result.plan.kill_after, **server.limits()}
     for who, limit in limits.items():
-        if limit is not None and timeout >= limit:
+        if timeout >= limit:
             yield (
                 f"SHUTDOWN_TIMEOUT is {timeout:g} s, and {who} comes after {limit:g} s: with more work "
                 "than that queued, tasks would be lost"
@@ -203,6 +205,12 @@ def _risks(process: ProcessResult, result: Result) -> Iterator[str]:
         yield f"a worker of {server.name} that is signalled before its master loses its tasks: {KILL_MODE}"
     if server.die_on_term:
         yield f"a worker that is answering a request at the signal would lose its tasks: {UWSGI_HOOK}"
+
+
+def _file(result: Result, default: str) -> str:
+    """Return the file of the application, if the command names it."""
+    found = [match for match in map(APPLICATION.fullmatch, result.plan.command) if match]
+    return found[-1][1].replace(".", "/") + ".py" if found else default
 
 
 def _name(process: ProcessResult) -> str:

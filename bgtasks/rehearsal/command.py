@@ -45,22 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         choices=[MAIN, GROUP],
         default=MAIN,
-        help="who is sent it: the main process (as containers do, by default), or the whole group",
+        help="which processes get it: the main one (the default, as in containers), or the whole group",
     )
-    parser.add_argument("--url", help="visit this first, until it answers, and while the signal is sent")
+    parser.add_argument("--url", help="visit this URL until it answers, and again while the signal is sent")
     parser.add_argument(
         "--requests",
         type=int,
         default=0,
         metavar="N",
-        help="visit the URL so often while tasks wait, if the server replaces workers by that",
+        help="visit the URL this many times while tasks wait, if that makes the server replace workers",
     )
     parser.add_argument(
         "--kill-after",
         type=_positive,
         default=10.0,
         metavar="SECONDS",
-        help="kill what still runs so many seconds after the signal (10 by default, as containers do)",
+        help="seconds after the signal until every process is killed (10 by default, as containers do)",
     )
     parser.add_argument("server", nargs="+", metavar="COMMAND", help="what starts the server, after --")
 

@@ -35,7 +35,7 @@ from bgtasks.rehearsal.accounts import (
     append,
     read_order,
 )
-from bgtasks.rehearsal.servers import only_reloads, server_facts
+from bgtasks.servers import only_reloads, server_facts
 from bgtasks.signals import task_dropped, task_finished, task_shed
 
 POLL = 0.05  # seconds between two looks for an order, and between two times that the pools are filled
@@ -81,7 +81,7 @@ class _Part:
             os.getpid(),
             os.getppid(),
             self._server,
-            max((config.shutdown_timeout for config in queued), default=0),
+            conf.longest_shutdown(),
             inline=not queued,
             handoff=tuple(name for name, config in configs.items() if config and config.handoff_to),
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bgtasks.rehearsal.accounts import Account
-from bgtasks.rehearsal.servers import ServerFacts
+from bgtasks.servers import ServerFacts
 
 MAIN, GROUP = "main", "group"  # who is sent the signal
 

@@ -1,18 +1,21 @@
 """Forks: a child has nothing of its parent's work, and a parent loses nothing to its child (design G9).
 
-Each `script_...` runs in an interpreter of its own, since pytest's process shall not be forked. A child
+Each `script_...` runs in an interpreter of its own, since pytest's process must not be forked. A child
 tells its parent what it saw as JSON through a pipe.
 """
 
 import asyncio
 import gc
+import itertools
 import json
+import logging
 import multiprocessing
 import os
 import posix
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +25,10 @@ import psutil
 import pytest
 from asgiref.sync import sync_to_async
 from django.conf import settings
+from django.test import override_settings
 
 import bgtasks
-from bgtasks import pools
+from bgtasks import pools, signals
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.scripts import run_function
 from tests.scripts.call import threads_at_fork
@@ -82,7 +86,8 @@ def figures() -> list[Any]:
 def bgtasks_threads() -> list[str]:
     """Return the names of the threads that run tasks, or wait for some."""
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("bgtasks")]
-    return sorted(set(names) - {"bgtasks-publisher", "bgtasks-loop-watch"})  # which end a moment later
+    end_later = {"bgtasks-publisher", "bgtasks-loop-watch", "bgtasks-switch-watch"}
+    return sorted(set(names) - end_later)
 
 
 async def double(ran: list[Any]) -> None:
@@ -545,6 +550,12 @@ class ForkingTasks:
         with Path(self.path).open("a") as file:
             file.write(f"{'parent' if os.getpid() == self.parent else 'child'} {line}\n")
 
+    async def anote(self, line: str) -> None:
+        self.note(line)
+
+    def noted(self) -> int:
+        return len(Path(self.path).read_text().splitlines()) if Path(self.path).exists() else 0
+
     def fork(self, end: str) -> None:
         if os.fork():
             return
@@ -597,6 +608,129 @@ def test_child_of_a_task_ends_as_its_own_code_ends(kind: str, end: str, status: 
     lines = path.read_text().splitlines()
     assert [line for line in lines if line.startswith("child")] == [f"child forked {end}"]
     assert len(lines) == 9
+
+
+ONE_SLOT = {"default": {"CONN_MAX": 1}}  # which goes on with the next task, and tells of all that was shed
+
+
+class ForksOnce(logging.Handler):
+    """What forks beside a task, once: a receiver, a handler of the log, or the end of an argument."""
+
+    def __init__(self, tasks: ForkingTasks) -> None:
+        super().__init__(logging.DEBUG)
+        self._tasks = tasks
+        self._left = 1
+
+    def fork(self, name: str) -> None:
+        if name == "forks" and self._left:
+            self._left = 0
+            self._tasks.fork("returns")
+
+    def receive(self, name: str, **_: Any) -> None:
+        self.fork(name)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.fork(getattr(record, "task", ""))
+
+
+class Argument:
+    """An argument of a task that forks as it is freed."""
+
+    def __init__(self, forks: ForksOnce) -> None:
+        self._forks = forks
+
+    def __del__(self) -> None:
+        self._forks.fork("forks")
+
+
+def script_fork_beside_a_task() -> list[Any]:
+    override_settings(BGTASKS=ONE_SLOT).enable()
+    where, path = os.environ["FORK_WHERE"], os.environ["FORK_NOTES"]
+    tasks = ForkingTasks(path)
+    forks = ForksOnce(tasks)
+    if where in {"started", "finished"}:
+        getattr(signals, f"task_{where}").connect(forks.receive)
+    if where == "handler":
+        logging.getLogger("bgtasks").setLevel(logging.DEBUG)
+        logging.getLogger("bgtasks").addHandler(forks)
+
+    spawned = threading.Event()  # until then, this thread holds the argument as well
+
+    def plain(_: object) -> None:
+        assert spawned.wait(BOUND)
+        tasks.note("ran")
+
+    async def coroutine(_: object) -> None:
+        while not spawned.is_set():  # noqa: ASYNC110  # it is set on another thread
+            await asyncio.sleep(0.001)
+        tasks.note("ran")
+
+    function = coroutine if os.environ["FORK_KIND"] == "coroutine" else plain
+    bgtasks.spawn("forks", function, Argument(forks) if where == "argument" else None)
+    spawned.set()
+    note = tasks.anote if os.environ["FORK_KIND"] == "coroutine" else tasks.note
+    for number in range(int(os.environ["FORK_OTHERS"])):
+        bgtasks.spawn("other", note, f"other {number}")
+    drained = bgtasks.drain(BOUND)
+    wait_until(lambda: "child" in Path(path).read_text())  # the argument is freed after the task is counted
+    return [drained, os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]), bgtasks.stats()["default"].succeeded]
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "others"),
+    [
+        *itertools.product(["started", "finished", "handler", "argument"], ["plain", "coroutine"], [2]),
+        ("finished", "plain", 0),
+    ],
+)
+def test_child_forked_beside_a_task_runs_none(where: str, kind: str, others: int, tmp_path: Path) -> None:
+    """Neither the task that it belongs to, nor the next one; and it ends, whether or not there is one."""
+    path = tmp_path / "notes"
+
+    env = {"FORK_WHERE": where, "FORK_KIND": kind, "FORK_OTHERS": str(others), "FORK_NOTES": str(path)}
+    result, _ = run_function(script_fork_beside_a_task, env=BUSY | env)
+
+    drained, status, succeeded = result
+    # On the loop, it may also end as a coroutine that waits.
+    on_loop = kind == "coroutine" and where in {"handler", "argument"}
+    assert (drained, succeeded) == (True, 1 + others)
+    assert status in ({0, 1} if on_loop else {0})
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if line.startswith("child")] == ["child forked returns"]
+    assert len(lines) == 2 + others
+
+
+def script_fork_as_a_task_is_shed() -> list[Any]:
+    override_settings(BGTASKS=ONE_SLOT).enable()
+    tasks = ForkingTasks(os.environ["FORK_NOTES"])
+    forks = ForksOnce(tasks)
+
+    def receive(name: str, **_: Any) -> None:
+        tasks.note(f"shed {name}")
+        forks.fork(name)
+
+    signals.task_shed.connect(receive)
+    with Gate() as gate:
+        bgtasks.spawn("held", gate)
+        for name in ("forks", "second"):
+            bgtasks.using(expires=1e-9).spawn(name, int)
+    drained = bgtasks.drain(BOUND)
+    wait_until(lambda: tasks.noted() >= 3)  # a task is counted before its receivers hear of it
+    return [drained, os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]), bgtasks.stats()["default"].shed]
+
+
+def test_child_forked_as_a_task_is_shed_tells_of_no_other(tmp_path: Path) -> None:
+    """A receiver has forked: its child hears of no task that the parent has shed as well."""
+    path = tmp_path / "notes"
+
+    result, _ = run_function(script_fork_as_a_task_is_shed, env=BUSY | {"FORK_NOTES": str(path)})
+
+    assert result == [True, 0, 2]
+    assert Counter(path.read_text().splitlines()) == {
+        "parent shed forks": 1,
+        "child forked returns": 1,
+        "parent shed second": 1,
+    }
 
 
 def script_coroutine_that_forks_and_waits() -> list[Any]:

@@ -141,13 +141,14 @@ class Alarms:  # pragma: no cover  # the raise upsets the tracer
         self._armed = False
 
     def __enter__(self) -> "Alarms":
-        self._before = signal.signal(signal.SIGALRM, self._handle)
-        signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+        self._handler = signal.signal(signal.SIGALRM, self._handle)
+        self._timer = signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)  # that of pytest-timeout
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self._before)
+        signal.signal(signal.SIGALRM, self._handler)
+        signal.setitimer(signal.ITIMER_REAL, *self._timer)
 
     def _handle(self, *_: object) -> None:
         if self._armed:

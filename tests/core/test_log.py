@@ -3,8 +3,9 @@
 import ast
 import asyncio
 import logging
+import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +15,11 @@ import bgtasks
 from bgtasks.core.figures import DropReason
 from bgtasks.core.log import counts_of, indented, log, logger
 from bgtasks.core.queue import TaskQueue
-from bgtasks.drops import DropLog
+from bgtasks.drops import warn
 from bgtasks.monitoring.watchdog import Watchdog
-from tests.gate import Gate
+from bgtasks.repeats import repeats
+from tests.gate import BOUND, Gate
 from tests.pool import Core, Logs, Raising, exit_
-
-
-@pytest.fixture
-def drops() -> Any:
-    return DropLog(TaskQueue("mail", 5, 1), lambda delay, callback: None)
-
-
-@pytest.fixture
-def logs() -> Iterator[Any]:
-    with Logs() as logs:
-        yield logs
-
-
-@pytest.fixture
-def handler() -> Iterator[Any]:
-    """Return a function that adds a handler to the logger for the time of the test."""
-    added: list[logging.Handler] = []
-
-    def add(handler: logging.Handler) -> None:
-        added.append(handler)
-        logger.addHandler(handler)
-
-    yield add
-    for one in added:
-        logger.removeHandler(one)
-
 
 FORGED = "mail\nERROR forged line \x1b[31mred"
 
@@ -156,9 +132,10 @@ def test_exception_of_a_hook_cannot_forge_a_line(logs: Logs) -> None:
     assert_one_record(line, "connection 'default' could not be closed")
 
 
-def test_fields_of_a_record_cannot_forge_a_line(drops: DropLog, logs: Logs) -> None:
+def test_fields_of_a_record_cannot_forge_a_line(logs: Logs) -> None:
     """A format that has %(task)s in it gets a name of one line, too."""
-    drops.note(FORGED, DropReason.FULL)
+    warn(TaskQueue("mail", 5, 1), FORGED, DropReason.FULL)
+    repeats.write_lines(BOUND)
     with Core() as core:
         core.spawn(FORGED, fail)
         core.drain()
@@ -277,6 +254,47 @@ def test_failure_is_logged_with_its_traceback_and_figures() -> None:
         assert (record.task, record.pool, record.outcome) == ("fails", "core", "failed")
 
 
+def fail_elsewhere(number: int) -> None:
+    raise LookupError(f"{number} is not there")
+
+
+def test_failures_of_one_name_and_place_are_logged_once() -> None:
+    """A burst that fails writes one traceback for each name and place, and then how many more there were."""
+    with Core() as core:
+        for number in range(50):
+            core.spawn("fails", fail)
+            core.spawn("fails too", fail_async)
+            core.spawn("fails", fail_elsewhere, number)
+        core.drain()
+        assert len(core.logs.above(logging.ERROR)) == 3
+
+        repeats.flush()
+
+        errors = core.logs.above(logging.ERROR)[3:]
+        place = f"raised in {__file__}:{fail.__code__.co_firstlineno + 1}"
+        assert f"task 'fails' of pool 'core' failed again (49 more): ValueError, {place}" in errors
+        assert sorted(error.partition(": ")[0] for error in errors) == [
+            "task 'fails too' of pool 'core' failed again (49 more)",
+            "task 'fails' of pool 'core' failed again (49 more)",
+            "task 'fails' of pool 'core' failed again (49 more)",
+        ]
+        [record] = [record for record in core.logs.records if record.getMessage() == errors[0]]
+        assert (record.pool, record.outcome, record.count) == ("core", "failed", 49)
+        assert core.stats().failed == 150
+
+
+def test_each_failure_is_logged_at_debug() -> None:
+    """With DEBUG on, the traceback of each one is there."""
+    with Core() as core:
+        logger.setLevel(logging.DEBUG)
+        core.logs.setLevel(logging.DEBUG)
+        for number in range(3):
+            core.spawn("fails", fail_elsewhere, number)
+        core.drain()
+
+        assert sum("is not there" in line for line in core.logs.of("Traceback")) == 3
+
+
 def test_success_is_not_logged_above_debug() -> None:
     """An INFO log of a busy process is not filled with its tasks."""
     with Core() as core:
@@ -368,3 +386,57 @@ def test_record_factory_that_knows_a_task_loses_no_line(logs: Logs) -> None:
 
     [record] = logs.records
     assert (record.getMessage(), record.task, record.user) == ("a line", "ours", "theirs")
+
+
+PLACES = re.compile(r"%(?:\.\d+)?([a-z])")  # of the arguments of a message
+
+NAMED = re.compile(r"\b(?:task|pool|slot|name) (?:%|\{)(?!r|d)")  # a name that is written as it is
+
+
+def misnamed(tree: ast.AST) -> list[str]:
+    """Return what in a module writes the name of a task into text other than by its repr."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMED.search(node.value):
+            found.append(node.value)  # a message, wherever it is logged
+        elif isinstance(node, ast.FormattedValue) and ast.unparse(node.value) == "task.name":
+            found += [ast.unparse(node)] if node.conversion != ord("r") else []
+        elif isinstance(node, ast.Call):
+            for number, argument in enumerate(node.args):
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    written = zip(PLACES.findall(argument.value), node.args[number + 1 :], strict=False)
+                    found += [
+                        argument.value
+                        for letter, what in written
+                        if letter != "r" and isinstance(what, ast.Attribute | ast.Name)
+                        if ast.unparse(what).rpartition(".")[2] in {"name", "_name", "pool"}
+                    ]
+    return found
+
+
+def test_name_of_a_task_is_logged_as_its_repr() -> None:
+    """No message of the package has a place for a name but %r. Names of spans are data, and no lines."""
+    package = Path(bgtasks.__file__).parent
+    found = [
+        (path.name, text)
+        for path in package.rglob("*.py")
+        if path.parent.name != "contrib"
+        for text in misnamed(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'log(20, "task %s ran", of)',
+        'log(20, "%s has run %d times", task.name, 2)',
+        'log(20, "%.1f s: %s", seconds, self._name)',
+        'log(20, f"{task.name} ran")',
+    ],
+)
+def test_name_that_is_logged_as_it_is_would_be_found(source: str) -> None:
+    """The test above sees each way to forget it."""
+    assert misnamed(ast.parse(source))
+    assert not misnamed(ast.parse(source.replace("%s", "%r").replace("name}", "name!r}")))

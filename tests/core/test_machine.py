@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import bgtasks.core.shutdown
 from bgtasks.core.figures import Outcome
+from bgtasks.repeats import repeats
 from bgtasks.signals import task_dropped
 from tests.gate import BOUND, wait_until
 from tests.handoff.kit import HandoffCore
@@ -60,7 +61,7 @@ async def wait_for(future: "Future[None]") -> None:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The model is two lists, a counter for each outcome, and what shall be so but is not yet."""
+    """The model is two lists, a counter for each outcome, and what is to be so but is not yet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +70,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
+        repeats.flush()  # each name is new again
         self.receiving = receiving(task_dropped)
         self.dropped_signals = self.receiving.__enter__()
         self.core = HandoffCore(capacity=CAPACITY, conn_max=CONN_MAX)

@@ -1,5 +1,8 @@
 """The pace of plain functions: when slots are slowed down, by how much, and when not."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +17,7 @@ from bgtasks.monitoring import pace
 from bgtasks.monitoring.pace import (
     INTERVAL_MAX,
     LATE,
+    LATE_OVER,
     LOOK_FOR,
     PERIOD,
     RETRY,
@@ -22,6 +26,7 @@ from bgtasks.monitoring.pace import (
     TRIAL,
     WANTED,
     MeasuredPace,
+    RunQueue,
     processor_time,
 )
 from tests.gate import BOUND, Gate, wait_until
@@ -40,7 +45,7 @@ class Process:
         self.ended = ended
         self.again = True  # it is to be looked at again
         self._rest = 0.0  # of a task that has not ended
-        self.pace.look(0.0, late=0.0, slots=slots, others=0.0, ended=ended)
+        self.pace.look(0.0, late=0.0, over=LATE_OVER, slots=slots, others=0.0, ended=ended)
 
     def run(
         self, seconds: float, *, late: float, slots: float, others: float, each: float = 0.002
@@ -53,7 +58,12 @@ class Process:
             done, self._rest = divmod(self._rest + slots * PERIOD, each)
             self.ended += int(done)
             self.again = self.pace.look(
-                self.now, late=late, slots=self.slots, others=self.others, ended=self.ended
+                self.now,
+                late=late,
+                over=LATE_OVER,
+                slots=self.slots,
+                others=self.others,
+                ended=self.ended,
             )
             yield self.pace.interval
 
@@ -369,30 +379,92 @@ def test_nobody_looks_at_an_idle_pool(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_processor_time_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the slots, that of the drainer and its companion, which is nobody's, and that of all others."""
     readings: list[dict[str, Any]] = []
-    end = threading.Event()
+    end, begun, over = threading.Event(), threading.Event(), threading.Event()
     companion = threading.Thread(target=lambda: (compute(0.2), end.wait(BOUND)))
     with Core(conn_max=2) as core:
         core.drainer.background = [BackgroundThread(companion)]
 
         def look(now: float, **reading: Any) -> bool:
+            """Note the reading, and wake the test, which must not use a processor meanwhile."""
             readings.append(reading)
+            begun.set()
+            if reading["ended"] == 300 and processor_time(companion.native_id) >= 0.2:
+                over.set()
             return True
 
         monkeypatch.setattr(core.pace, "look", look)
         for _ in range(300):
             core.spawn("computes", compute)
-        wait_until(lambda: readings)
+        core.spawn("waits", end.wait, BOUND)  # as long as a slot has a task, the loop looks
+        assert begun.wait(BOUND)
+        first = readings[0]
         core.drainer.loop.call_soon(compute, 0.2)
         companion.start()
-        core.drain()
-        wait_until(lambda: processor_time(companion.native_id) >= 0.2)
-    end.set()
-    companion.join()
+        assert over.wait(BOUND)
+        last = readings[-1]
+        end.set()
+        companion.join()
 
-    first, last = readings[0], readings[-1]
     assert 0.2 <= last["slots"] - first["slots"] < BOUND
     assert last["others"] - first["others"] < 0.1
     assert 50 < last["ended"] - first["ended"] <= 300
+
+
+@pytest.mark.parametrize("gil", [True, False])
+def test_what_others_wait_for_depends_on_the_gil(gil: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it the loop is late; without it the kernel says, of all threads but those of the pools."""
+    readings: list[float] = []
+    asked: list[set[int]] = []
+    monkeypatch.setattr(pace, "has_gil", lambda: gil)
+    with Core(conn_max=2) as core:
+
+        def delay(except_for: set[int]) -> float:
+            asked.append(except_for)
+            return 60.0
+
+        def look(now: float, *, late: float, **reading: Any) -> bool:
+            readings.append(late)
+            return True
+
+        monkeypatch.setattr(core.pace._run_queue, "delay", delay)
+        monkeypatch.setattr(core.pace, "look", look)
+        spawn_until(core, compute, lambda: readings)
+        own = {thread.native_id for thread in core.slots.threads()}
+        core.drain()
+
+    assert (readings[0] == 60.0) is not gil
+    assert bool(asked) is not gil
+    assert all(own < each and threading.get_native_id() not in each for each in asked)
+
+
+def test_run_queue_says_how_long_threads_wait_for_a_processor() -> None:
+    """Two that share one wait for each other; one that sleeps waits for nothing."""
+    [processor, *_] = os.sched_getaffinity(0)
+    spin = f"import os\nos.sched_setaffinity(0, {{{processor}}})\nprint(flush=True)\nwhile True: pass"
+    begun, end = threading.Event(), threading.Event()
+
+    def run() -> None:
+        os.sched_setaffinity(0, {processor})  # of this thread alone
+        begun.set()
+        while not end.is_set():
+            compute(0.001)
+
+    thread, queue = threading.Thread(target=run), RunQueue()
+    with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None
+            other.stdout.readline()
+            thread.start()
+            assert begun.wait(BOUND)
+            rest = {each.native_id for each in threading.enumerate()} - {thread.native_id}
+            assert queue.delay(rest) == 0.0  # there is nothing to compare it with yet
+            time.sleep(0.2)
+            assert queue.delay(rest) > LATE / 2
+            assert queue.delay({*rest, thread.native_id}) == 0.0
+        finally:
+            end.set()
+            thread.join()
+            other.kill()
 
 
 @pytest.mark.usefixtures("strict")

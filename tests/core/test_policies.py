@@ -5,6 +5,7 @@ import contextvars
 import gc
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -18,12 +19,13 @@ from bgtasks import signals
 from bgtasks.core import policy as policies
 from bgtasks.core.figures import DropReason, Outcome, ShedReason
 from bgtasks.core.places import SlotState, State
-from bgtasks.core.policy import Options, Policy
+from bgtasks.core.policy import NO_POLICY, Options, Policy
 from bgtasks.core.task import Task
-from bgtasks.monitoring.figures import read_stats
-from tests.core.test_queue import QueueMachine, new_queue
+from bgtasks.monitoring.figures import read_stats, read_stats_by_name
+from bgtasks.repeats import repeats
+from tests.core.test_queue import QueueMachine, in_threads, is_balanced, new_queue
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
-from tests.pool import Core, assert_whole, make_task, receiving
+from tests.pool import Core, assert_whole, balance, make_task, receiving
 
 EVER = 1e9  # seconds
 
@@ -96,7 +98,7 @@ def test_task_that_has_waited_for_too_long_is_shed(asynchronous: bool) -> None:
 
         assert ran == ["young"]
         assert shed == [("old", "expired")]
-        assert core.logs.of("shed") == ["task 'old' shed: it has waited for too long"]
+        assert core.logs.of("shed") == ["task 'old' shed: it waited in pool 'core' for longer than it may"]
         assert (core.stats().shed, core.stats().succeeded) == (1, 2)
         assert_whole(core)
 
@@ -111,6 +113,19 @@ def test_expired_task_is_told_of_if_nothing_comes_after_it() -> None:
         gate.open()
         core.drain()
         wait_until(lambda: len(shed) == 1)
+
+
+def test_loop_claims_no_expired_coroutine() -> None:
+    """It is shed, and the loop gets the next one."""
+    queue, [slot] = new_queue()
+    old, new = (with_policy(make_task(asynchronous=True), expires=1.0) for _ in range(2))
+    queue.put(old)
+    queue.put(new)
+    old.policy.expires_at = 0.0
+
+    assert queue.claim() is slot
+    assert slot.task is new
+    assert old.outcome is Outcome.SHED
 
 
 def test_full_queue_sheds_what_is_too_old_before_it_drops() -> None:
@@ -139,7 +154,6 @@ def test_age_counts_from_the_commit() -> None:
         task.spawned_at = 0.0
         using.submit(task)
 
-        assert task.policy is not None
         assert task.policy.expires_at == EVER
         core.drain()
 
@@ -270,7 +284,7 @@ def test_spawn_in_the_middle_of_a_step_leaves_the_task_that_is_taken_alone() -> 
         assert queue.take(slot) is first
 
     assert list(queue.waiting) == [second]
-    assert queue.keyed == {second.policy.key: second} if second.policy else False
+    assert queue.keyed == {second.policy.key: second}
 
 
 def test_coalesced_coroutine_object_is_closed() -> None:
@@ -327,7 +341,7 @@ def test_full_queue_coalesces() -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_task_that_fails_is_tried_again(asynchronous: bool) -> None:
-    """After a delay that doubles, in which it has no slot; it has one outcome, and a warning for each try."""
+    """After a delay that doubles, in which it has no slot; it has one outcome, and warnings of its tries."""
     tries = Tries(2)
     with (
         Core(conn_max=1) as core,
@@ -346,7 +360,9 @@ def test_task_that_fails_is_tried_again(asynchronous: bool) -> None:
         assert (core.stats().retried, core.stats().succeeded, core.stats().failed) == (2, 2, 0)
         assert started.count(("fails", None)) == 3
         assert [outcome for name, outcome in finished if name == "fails"] == ["succeeded"]
-        assert len(core.logs.of("it is tried again in")) == 2
+        assert len(core.logs.of("it is tried again in")) == 1
+        repeats.flush()
+        assert core.logs.of("a try of task 'fails' of pool 'core' failed again (1 more): ValueError")
         assert core.logs.above(logging.ERROR) == []
         assert_whole(core)
 
@@ -445,7 +461,6 @@ def test_task_that_expires_before_its_next_try_has_failed() -> None:
         core.pool.using(retries=3, retry_delay=EVER, expires=2 * EVER).spawn("fails", tries)
         wait_until(lambda: core.stats().retried == 1)
         [task] = core.queue.held()
-        assert task.policy is not None
         task.policy.expires_at = task.policy.due_at = 0.0
         core.slots.all[0].wake()
         core.drain()
@@ -455,6 +470,52 @@ def test_task_that_expires_before_its_next_try_has_failed() -> None:
         assert (core.stats().failed, core.stats().shed) == (1, 0)
         [line] = core.logs.above(logging.ERROR)
         assert "was to be tried again, and was shed instead: expired" in line
+
+
+def test_figures_are_of_one_moment_with_policies() -> None:
+    """In every snapshot, each task is in one place: also one that expired, gave way, or was tried again."""
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def fail() -> None:
+        raise ValueError
+
+    def sample() -> None:
+        while not done.is_set():
+            stats, names = read_stats_by_name(core.queue)
+            if not (  # pragma: no branch
+                stats.spawned == balance(stats) == sum(of.spawned for of in names)
+                and all(map(is_balanced, names))
+                and stats.queued <= 16
+                and stats.running <= 4
+            ):
+                wrong.append((stats, names))  # pragma: no cover
+
+    with Core(capacity=16, conn_max=4) as core:
+        core.queue.displaces = core.queue.makes_room = True
+        expiring, keyed = core.pool.using(expires=0.001), core.pool.using(key="a")
+        tried, tried_at_once = (core.pool.using(retries=2, retry_delay=delay) for delay in (0.002, 0))
+        kinds: list[Callable[[], object]] = [
+            lambda: expiring.spawn("expires", int),
+            lambda: keyed.spawn("keyed", int),
+            lambda: tried.spawn("fails", fail),
+            lambda: tried_at_once.spawn("fails at once", fail),
+            lambda: core.spawn("coroutine", asyncio.sleep, 0),
+            lambda: core.spawn("sleeps", time.sleep, 0.001),
+        ]
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        try:
+            in_threads(4, lambda i: [kinds[(i + j) % len(kinds)]() for j in range(600)])
+            core.drain()
+        finally:
+            done.set()
+            sampler.join()
+        stats = core.stats()
+
+    assert wrong == []
+    assert stats.spawned == 2400 == balance(stats)
+    assert min(stats.succeeded, stats.failed, stats.retried, stats.shed, stats.coalesced) > 0
 
 
 @pytest.mark.parametrize(
@@ -482,6 +543,19 @@ def test_task_is_not_tried_again_without_a_place(prepare: Callable[..., object],
 
         assert (core.stats().failed, core.stats().retried) == (1, 0)
         assert f"is not tried again: {why}" in core.logs.of("is not tried again")[0]
+
+
+def test_retries_that_are_refused_are_limited_in_the_log() -> None:
+    """Many tasks for whose next try no place is free cost one warning, and one with their number."""
+    with Core() as core:
+        for _ in range(3):
+            core.hooks.retried(make_task("fails"), 1, ValueError(), 1.0, "the pool is full")
+        repeats.flush()
+
+        assert core.logs.lines[-2:] == [
+            "task 'fails' of pool 'core' has failed (ValueError), and is not tried again: the pool is full",
+            "task 'fails' of pool 'core' failed again (2 more), and is not tried again: ValueError",
+        ]
 
 
 def test_retries_hold_half_of_the_capacity_at_most() -> None:
@@ -565,6 +639,96 @@ def test_fork_keeps_what_waits_for_another_try() -> None:
         assert core.stats().succeeded == 1
 
 
+# A task that may not run yet.
+
+
+def later(seconds: float) -> Task:
+    task = with_policy(make_task())
+    task.policy.due_at = monotonic() + seconds
+    return task
+
+
+def test_delayed_task_waits_and_runs_when_it_is_due() -> None:
+    """It is counted as waiting, runs though nothing else happens, and not early."""
+    with Core(conn_max=1) as core:
+        at: list[float] = []
+        task = later(0.05)
+        task.function = lambda: at.append(monotonic())
+        core.pool.submit(task)
+        assert core.stats().queued == 1
+        core.drain()
+
+        assert at[0] >= task.policy.due_at
+
+
+def test_delayed_tasks_run_in_the_order_of_their_times() -> None:
+    """Whatever the order is in which they are put."""
+    queue, [slot] = new_queue()
+    late, early, now = later(2 * EVER), later(EVER), later(0)
+    for task in (late, early, now):
+        queue.put(task)
+
+    assert queue.take(slot) is now
+    assert queue.delayed == [early, late]
+
+
+def test_delayed_tasks_in_the_wrong_order_are_late_and_never_early() -> None:
+    """One that a nested put leaves behind a later one waits for that."""
+    queue, [slot] = new_queue()
+    late, early = later(EVER), later(0)
+    for task in (late, early):
+        queue.put(task)
+    queue.delayed, _ = [late, early], queue.waiting.clear()
+
+    assert queue.take(slot) is None
+    assert queue.delayed == [late, early]
+
+
+def test_delayed_task_can_be_checked_out_once_the_queue_is_closed() -> None:
+    """What is put back waits for its time again, but for a retry, of which the delay was cut."""
+    queue, [slot] = new_queue()
+    delayed, failed = later(EVER), with_policy(make_task())
+    queue.put(failed)
+    assert queue.take(slot) is failed
+    queue.retry(slot, failed, EVER)
+    queue.put(delayed)
+
+    assert queue.check_out(2) == []
+    queue.close()
+    assert queue.check_out(2) == [failed, delayed]
+    queue.put_back([failed, delayed])
+    assert (list(queue.waiting), queue.delayed) == ([failed], [delayed])
+
+
+def test_delayed_tasks_leave_room_for_retries() -> None:
+    """Only retries count towards their half of the capacity."""
+    with Core(conn_max=1, capacity=4) as core:
+        for _ in range(3):
+            core.queue.put(later(EVER))
+        core.pool.using(retries=1, retry_delay=0).spawn("fails", Tries(1))
+        wait_until(lambda: core.stats().succeeded == 1)
+
+        assert core.close(0) == 3
+
+
+def test_shutdown_waits_for_what_is_due_before_its_deadline() -> None:
+    """What is due later is cancelled and reported at once: it does not hold the shutdown up."""
+    with Core(conn_max=1) as core, Gate() as gate:
+        soon, late = later(0.05), later(EVER)
+        soon.function = gate
+        for task in (late, soon):
+            core.pool.submit(task)
+        closing = threading.Thread(target=core.close, args=(BOUND,))
+        closing.start()
+        gate.wait_entered()
+
+        assert late.outcome is Outcome.CANCELLED
+        gate.open()
+        closing.join()
+        assert (core.stats().succeeded, core.stats().cancelled) == (1, 1)
+        assert len(core.logs.of("was shut down with 1 tasks cancelled")) == 1
+
+
 # A model of all.
 
 
@@ -580,22 +744,34 @@ class PolicyMachine(QueueMachine):
         self.told: list[tuple[Task, ShedReason]] = []
         self.queue.on_shed = lambda task, reason: self.told.append((task, reason))
 
-    def _policy(self, task: Task) -> Policy:
-        assert task.policy is not None
-        return task.policy
+    def _delay(self, task: Task) -> None:
+        """Have a task wait where its time says."""
+        (self.delayed if task.policy.due_at > monotonic() else self.waiting).append(task)
+        self.delayed.sort(key=lambda task: task.policy.due_at)
 
     def _forget_key(self, task: Task) -> None:
-        if task.policy is not None and self.keyed.get(task.policy.key) is task:
+        if self.keyed.get(task.policy.key) is task:
             del self.keyed[task.policy.key]
 
     def _make_room(self) -> None:
-        held = len(self.waiting) + len(self.checked_out) + len(self.delayed)
-        if held == self.CAPACITY and self.waiting:
-            oldest = self.waiting.pop(0)
-            tried = oldest.policy is not None and oldest.policy.tries
-            self.ended[Outcome.FAILED if tried else Outcome.SHED] += 1
-            self._forget_key(oldest)
-            self._over(oldest)
+        if self._is_full():
+            self._shed_expired()
+        if self._is_full() and self.waiting:
+            self._shed(self.waiting[0])
+
+    def _is_full(self) -> bool:
+        return len(self.waiting) + len(self.checked_out) + len(self.delayed) == self.CAPACITY
+
+    def _shed_expired(self) -> None:
+        while self.waiting and self.waiting[0].policy.expires_at < monotonic():
+            self._shed(self.waiting[0])
+
+    def _shed(self, task: Task) -> None:
+        self.waiting.remove(task)
+        tried = task.policy.tries
+        self.ended[Outcome.FAILED if tried else Outcome.SHED] += 1
+        self._forget_key(task)
+        self._over(task)
 
     @rule(asynchronous=st.booleans())
     def put(self, asynchronous: bool) -> None:
@@ -605,9 +781,22 @@ class PolicyMachine(QueueMachine):
     def put_with_key(self, key: str, retries: int) -> None:
         self._put(with_policy(make_task(), key=key, retries=retries))
 
+    @rule(seconds=st.sampled_from([EVER, 2 * EVER]))
+    def put_delayed(self, seconds: float) -> None:
+        task = with_policy(make_task())
+        task.policy.due_at = monotonic() + seconds
+        self._put(task)
+
+    @precondition(lambda self: any(task.policy is not NO_POLICY for task in self.held()))
+    @rule(data=st.data())
+    def expire(self, data: Any) -> None:
+        """A task that waits becomes too old."""
+        task = data.draw(st.sampled_from([task for task in self.held() if task.policy is not NO_POLICY]))
+        task.policy.expires_at = 0.0
+
     def _put(self, task: Task) -> None:
         self.spawned += 1
-        key = "" if task.policy is None else task.policy.key
+        key = task.policy.key
         twin, function = self.keyed.get(key), task.function
         expected = None
         if self.state is not State.OPEN:
@@ -616,10 +805,12 @@ class PolicyMachine(QueueMachine):
             self.ended[Outcome.COALESCED] += 1
         else:
             self._make_room()
-            if len(self.waiting) + len(self.checked_out) + len(self.delayed) == self.CAPACITY:
+            if self._is_full():
                 expected = DropReason.FULL
-            else:
+            elif task.policy is NO_POLICY:
                 self.waiting.append(task)
+            else:
+                self._delay(task)
                 if key:
                     self.keyed[key] = task
         self.dropped += expected is not None
@@ -628,29 +819,46 @@ class PolicyMachine(QueueMachine):
         if twin is not None and expected is None:
             assert twin.function is function
 
+    def _hear(self, slot: SlotState) -> None:
+        super()._hear(slot)
+        while self.queue.shed:
+            self.queue.tell_shed()
+
+    @precondition(lambda self: self.asked)
+    @rule()
+    def claim(self) -> None:
+        self._shed_expired()
+        super().claim()
+
     def _expect_given(self, slot: SlotState) -> Task | None:
-        task = super()._expect_given(slot)
+        while (task := super()._expect_given(slot)) is not None and task.policy.expires_at < monotonic():
+            del self.running[slot]
+            self.waiting.insert(0, task)
+            self._shed(task)
         if task is not None:
             self._forget_key(task)
         return task
 
-    @precondition(lambda self: any(task.policy is not None for task in self.running.values()))
+    @precondition(lambda self: any(task.policy is not NO_POLICY for task in self.running.values()))
     @rule(data=st.data())
     def retry(self, data: Any) -> None:
         """A task fails that is to be tried again; the slot asks for the next one."""
-        slot = data.draw(st.sampled_from([slot for slot, task in self.running.items() if task.policy]))
+        slot = data.draw(
+            st.sampled_from([slot for slot, task in self.running.items() if task.policy is not NO_POLICY])
+        )
         task = self.running[slot]
-        policy = self._policy(task)
+        policy = task.policy
         held = len(self.waiting) + len(self.checked_out) + len(self.delayed)
         can = self.state is State.OPEN and task not in self.given_up and policy.key not in self.keyed
-        can = can and held < self.CAPACITY and not self.delayed
+        can = can and held < self.CAPACITY and not any(each.policy.tries for each in self.delayed)
 
-        assert (self.queue.retry(slot, task, policy, EVER) is None) is can
+        assert (self.queue.retry(slot, task, EVER) is None) is can
 
         if can:
             self.retried += 1
-            self.delayed.append(task)
-            self.keyed[policy.key] = task
+            self._delay(task)
+            if policy.key:
+                self.keyed[policy.key] = task
             del self.running[slot]
             expected = self._expect_given(slot)
             assert self.queue.end(slot, task, Outcome.FAILED) is expected
@@ -659,7 +867,7 @@ class PolicyMachine(QueueMachine):
     @rule(data=st.data())
     def time_passes(self, data: Any) -> None:
         for task in self.delayed:
-            self._policy(task).due_at = 0.0
+            task.policy.due_at = 0.0
         self.waiting += self.delayed
         self.delayed = []
         self._hear(data.draw(st.sampled_from(self.slots)))
@@ -667,26 +875,62 @@ class PolicyMachine(QueueMachine):
     @rule()
     def repair(self) -> None:
         waits = [*self.waiting, *self.delayed]
-        self.keyed = {task.policy.key: task for task in waits if task.policy is not None}
+        self.keyed = {task.policy.key: task for task in waits if task.policy.key}
 
         self.queue.repair()
 
     @rule(number=st.integers(1, 3))
     def check_out(self, number: int) -> None:
-        for task in self.waiting[::-1][:number]:
+        late = self.delayed[::-1] if self.state is not State.OPEN else []
+        expected = [*self.waiting[::-1], *late][:number]
+        for task in expected:
             self._forget_key(task)
-        super().check_out(number)
+            (self.waiting if task in self.waiting else self.delayed).remove(task)
+        self.checked_out += expected
+
+        assert self.queue.check_out(number) == expected
+
+    @precondition(lambda self: self.checked_out and self.state is not State.CLOSED)
+    @rule(data=st.data())
+    def put_back(self, data: Any) -> None:
+        tasks = data.draw(st.lists(st.sampled_from(self.checked_out), unique=True, min_size=1))
+        for task in tasks:
+            self.checked_out.remove(task)
+            if task.policy is NO_POLICY:
+                self.waiting.append(task)
+            else:
+                self._delay(task)
+
+        self.queue.put_back([*tasks, *self.past[-1:], *self.running.values()])
 
     @rule()
     def close(self) -> None:
-        self.waiting += self.delayed
-        self.delayed = []
+        self.waiting += [task for task in self.delayed if task.policy.tries]
+        self.delayed = [task for task in self.delayed if not task.policy.tries]
         super().close()
+
+    @precondition(lambda self: self.state is not State.OPEN)
+    @rule()
+    def cancel_delayed(self) -> None:
+        """A shutdown gives up what is due after its deadline."""
+        deadline = monotonic() + 1.5 * EVER
+        expected = [task for task in self.delayed[::-1] if task.policy.due_at > deadline]
+        for task in expected:
+            self.delayed.remove(task)
+            self._over(task)
+        self.ended[Outcome.CANCELLED] += len(expected)
+        cancelled: list[Task] = []
+
+        self.queue.cancel_delayed(cancelled, deadline)
+
+        assert cancelled == expected
 
     @precondition(lambda self: self.state is not State.OPEN)
     @rule(checked_out=st.booleans())
     def cancel_waiting(self, checked_out: bool) -> None:
         self.keyed = {}
+        self.waiting += self.delayed
+        self.delayed = []
         super().cancel_waiting(checked_out)
 
     # What holds after each.

@@ -22,8 +22,8 @@ from bgtasks.core.places import Place, SlotState, State
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import Life, Task
 from bgtasks.monitoring.figures import NameStats, oldest_wait, read_stats, read_stats_by_name
-from tests.gate import BOUND, Gate
-from tests.pool import Core, Drained, after_call, held, make_task
+from tests.gate import BOUND, Gate, wait_until
+from tests.pool import Core, Drained, after_call, balance, held, make_task
 
 THREADS = 64
 SPAWNS = 200  # by each thread
@@ -45,22 +45,6 @@ def in_threads(number: int, function: Callable[[int], object]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def balance(stats: PoolStats) -> int:
-    """Return the right side of the equation that every snapshot keeps."""
-    return (
-        stats.queued
-        + stats.running
-        + stats.succeeded
-        + stats.failed
-        + stats.timed_out
-        + stats.cancelled
-        + stats.dropped
-        + stats.shed
-        + stats.coalesced
-        + stats.handed_off
-    )
 
 
 def is_balanced(of: NameStats) -> bool:
@@ -394,7 +378,7 @@ def test_slot_that_is_stopped_while_it_runs_a_task_gets_no_other() -> None:
     """A slot that is no longer one of the queue's ends what it runs, and what waits is left to the others.
 
     1. drainer: takes the slots out
-    2. slot: ends its task, and has not heard yet that it shall stop
+    2. slot: ends its task, and has not heard yet that it has to stop
     """
     queue, [slot] = new_queue()
     [task] = put_and_take(queue, slot)
@@ -543,7 +527,7 @@ def test_lent_task_that_an_exception_has_hit_does_not_begin() -> None:
     """Once a slot that was interrupted has its task back to end it as failed, the loop does not begin it.
 
     1. slot: has lent the task, is interrupted, and looks what was hit
-    2. loop: looks whether it shall begin it
+    2. loop: looks whether it has to begin it
     3. slot: ends it
     """
     queue, [slot] = new_queue()
@@ -1292,8 +1276,7 @@ def test_argument_that_spawns_as_it_is_freed_is_not_in_the_way() -> None:
 
     with Core(conn_max=1) as core:
         core.spawn("first", lambda _: ran.append("first"), Spawns())
-        core.drain()
-        core.drain()
+        wait_until(lambda: "last" in ran)  # the slot frees it after the task has ended
         with after_call(core.queue, "put", Spawns):
             core.spawn("second", ran.append, "second")
         core.drain()

@@ -557,7 +557,7 @@ def test_exit_writes_of_drops_that_were_only_counted() -> None:
 
     assert done.stderr == (
         "task 'late' dropped: pool 'default' is shut down\n"
-        "task 'late' dropped 4 times more: pool 'default' is shut down\n"
+        "task 'late' dropped again (4 more): pool 'default' is shut down\n"
     )
 
 

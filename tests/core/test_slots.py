@@ -458,7 +458,7 @@ def test_woken_slot_that_is_stopped_loses_no_task() -> None:
 
     1. spawner: puts a task and wakes the slot
     2. somebody stops the pool's slots
-    3. slot: finds that it shall end
+    3. slot: finds that it has to end
     """
     done: list[str] = []
     with Core(conn_max=1) as core, Gate() as held:

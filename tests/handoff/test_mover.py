@@ -14,6 +14,8 @@ from bgtasks.core.task import Hooks
 from bgtasks.handoff import mover as module
 from bgtasks.handoff.engine import Fate
 from bgtasks.monitoring.figures import read_stats
+from bgtasks.repeats import repeats
+from bgtasks.signals import task_finished
 from tests.gate import BOUND, Gate, wait_until
 from tests.handoff.kit import HandoffCore, fail, numbers
 from tests.pool import Drained, after_call, exit_, held, interrupt, make_task
@@ -362,7 +364,7 @@ def test_an_engine_that_is_down_costs_no_task() -> None:
         gate.open()
         core.drain()
 
-        assert "'core' could not be handed off to the engine 'engine', 1 times" in line
+        assert "'core' could not be handed off to the engine 'engine'; they run here" in line
         assert "ConnectionError: the engine is down" in line
         assert sorted(core.ran) == numbers(1, 6)
         assert core.engine.taken == []
@@ -370,17 +372,18 @@ def test_an_engine_that_is_down_costs_no_task() -> None:
 
 
 def test_an_engine_that_stays_down_costs_one_warning_a_minute() -> None:
-    """The next warning says how often it failed since the last one."""
+    """The next warning says how often more it failed, and why."""
     with HandoffCore(start=False) as core:
         for _ in range(3):
             core.mover._fail(ConnectionError("down"))
         assert len(core.logs.of("could not be handed off")) == 1
 
-        core.mover._quiet_until = 0.0
-        core.mover._fail(ConnectionError("down"))
+        repeats.flush()
 
-        assert "3 times since the last warning" in core.logs.of("could not be handed off")[1]
-        assert core.stats().handoff_failures == 4
+        assert core.logs.lines[-1] == (
+            "pool 'core' again could not hand off to the engine 'engine' (2 more): ConnectionError"
+        )
+        assert core.stats().handoff_failures == 3
 
 
 def test_a_failing_engine_rests_before_it_is_tried_again() -> None:
@@ -574,6 +577,42 @@ def test_an_engine_that_has_the_task_before_it_is_given_up_wins() -> None:
     assert read_stats(queue).handed_off == 1
 
 
+def test_an_engine_that_has_the_task_while_the_listeners_hear_of_it_wins() -> None:
+    """A shutdown that is over meanwhile does not cancel it, so nobody is told of two ends."""
+    queue, [task] = checked_out("task")
+    queue.close()
+    assert queue.note_taken(task)
+    assert not queue.note_taken(task)
+    cancelled: list[Any] = []
+
+    queue.cancel_waiting(cancelled, checked_out=True)
+    assert cancelled == []
+    assert queue.count_handed_off(task)
+
+    assert task.outcome is Outcome.HANDED_OFF
+    assert (read_stats(queue).handed_off, read_stats(queue).cancelled) == (1, 0)
+
+
+def test_a_drain_waits_until_the_listeners_know_that_a_task_was_handed_off() -> None:
+    """As with a task that runs here: what they write, such as its result, is there after the drain."""
+    drained: list[bool] = []
+
+    def look(**kwargs: Any) -> None:
+        drained.append(reached.done())
+
+    with HandoffCore(always=True) as core:
+        with core.mover_held():
+            core.put("task")
+            reached = Drained(core.queue)
+        task_finished.connect(look)
+        try:
+            core.drain()
+        finally:
+            task_finished.disconnect(look)
+
+    assert drained == [False]
+
+
 def test_a_task_that_is_being_moved_is_waited_for() -> None:
     """drain() does not take a task that has left the waiting ones for one that has ended."""
     queue, [task] = checked_out("task")
@@ -644,6 +683,7 @@ def test_an_interrupted_mover_goes_on(always: bool, when: str) -> None:
 
 STEPS = [
     ("queue", "put_back"),
+    ("queue", "note_taken"),
     ("queue", "count_handed_off"),
     ("engine", "pack"),
     ("engine", "send"),

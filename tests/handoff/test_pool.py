@@ -123,6 +123,18 @@ def test_an_enqueued_task_with_arguments_nested_too_deep_stays() -> None:
 
 
 @pytest.mark.django_db(transaction=True)
+def test_an_enqueued_task_that_expires_stays() -> None:
+    """A worker of the engine would run it however old it is."""
+    options = {"HANDOFF_TO": "broker", "HANDOFF_WHEN": "always", "EXPIRES": 60}
+    with Logs() as logs, override_settings(BGTASKS={"default": options}):
+        assert tasks.noop.enqueue().status == TaskResultStatus.READY
+        assert bgtasks.drain(BOUND)
+
+        assert (bgtasks.stats()["default"].handed_off, bgtasks.stats()["default"].succeeded) == (0, 1)
+        assert len(logs.of("it expires, and a worker would run it however old it is")) == 1
+
+
+@pytest.mark.django_db(transaction=True)
 def test_a_handed_off_result_is_the_engines() -> None:
     """The result of an enqueued task goes on being found, and says what the engine says."""
     with override_settings(BGTASKS={"default": {"HANDOFF_TO": "table", "HANDOFF_WHEN": "always"}}):

@@ -20,6 +20,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "default": {"BACKEND": "bgtasks.backends.PoolBackend"},
     "table": {"BACKEND": "tests.testapp.engines.TableBackend", "QUEUES": ["default", "email"]},
     "broker": {"BACKEND": "tests.broker.Broker", "QUEUES": []},
+    "scheduler": {"BACKEND": "tests.broker.Scheduler", "QUEUES": []},
 }
 ran: list[Any] = []  # by the functions below, here or on a "worker"
 
@@ -27,6 +28,7 @@ ran: list[Any] = []  # by the functions below, here or on a "worker"
 @contextmanager
 def empty_engines() -> Iterator[None]:
     """Have the engines in TASKS, and nothing in them."""
+    broker.enqueued.clear()  # of what other tests have left there
     with override_settings(TASKS=TASKS):
         yield
     ran.clear()

@@ -13,8 +13,9 @@ from django.db import connection, connections
 from django.test import override_settings
 from pytest_django import Settings
 
-from bgtasks.monitoring import overview, publisher
-from bgtasks.monitoring.publisher import SIZE_MAX, pause_key, snapshot_key
+from bgtasks.monitoring import control, overview, publisher
+from bgtasks.monitoring.cache import pause_key, snapshot_key
+from bgtasks.monitoring.publisher import SIZE_MAX
 from bgtasks.pools import pools
 from tests.gate import Gate, wait_until
 from tests.monitoring.test_publisher import Observed
@@ -70,13 +71,13 @@ def check_snapshots(cache: BaseCache, monkeypatch: pytest.MonkeyPatch) -> None:
         core.spawn("held", gate)
         gate.wait_entered()
         wait_until(lambda: (pool := seen(core)) and pool["running"])
-        overview.set_paused(pools, "core", True, by="ada")
+        control.set_paused(pools, "core", True, by="ada")
         core.logs.wait("pool 'core' is paused")
         gate.open()
         core.spawn("waits", int)
         wait_until(lambda: (pool := seen(core)) and (pool["paused"], pool["stats"]["succeeded"]) == (True, 1))
         assert core.stats().queued == 1
-        overview.set_paused(pools, "core", False, by="ada")
+        control.set_paused(pools, "core", False, by="ada")
         core.logs.wait("pool 'core' is resumed")
         core.wait_idle()
         assert pause_key("core") not in cache
@@ -150,9 +151,9 @@ def test_snapshots_are_seen_from_every_tenant(
             core.spawn("held", gate)
             gate.wait_entered()
             wait_until(lambda: (pool := seen(core)) and pool["running"])
-            overview.set_paused(pools, "core", True, by="ada")
+            control.set_paused(pools, "core", True, by="ada")
             core.logs.wait("pool 'core' is paused")
-            overview.set_paused(pools, "core", False, by="ada")
+            control.set_paused(pools, "core", False, by="ada")
             core.logs.wait("pool 'core' is resumed")
             gate.open()
             core.wait_idle()

@@ -2,6 +2,7 @@
 
 import random
 from bisect import bisect_left
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from bgtasks.core import task as task_module
 from bgtasks.core.figures import BOUNDS, EXPORTED, OTHERS, DropReason, Outcome
 from bgtasks.core.places import SlotState
 from bgtasks.core.queue import TaskQueue
-from bgtasks.hooks import LAST, TEXT_MAX, traceback_text
-from bgtasks.monitoring.figures import Times, read_stats_by_name, two_digits
-from tests.gate import Gate
+from bgtasks.hooks import TEXT_MAX, place_of, traceback_text
+from bgtasks.monitoring.figures import Times, read_stats_by_name, read_waiting, two_digits
+from bgtasks.recent import LAST, Failure, Recent
+from tests.gate import BOUND, Gate, wait_until
 from tests.pool import Core, exit_, make_task
 
 
@@ -223,6 +225,87 @@ def test_number_of_failures_and_drops_is_bounded() -> None:
     assert [drop[1:] for drop in drops] == [
         (f"dropped {number}", DropReason.SHUTDOWN.value) for number in range(5, LAST + 5)
     ]
+
+
+def test_equal_failures_are_counted_together() -> None:
+    """Those of one name and type, from one place, are one entry with the message of the last one."""
+
+    def fail(number: int) -> None:
+        raise ValueError(f"no such address: {number}")
+
+    with Core(conn_max=1) as core:
+        for number in range(333):
+            core.spawn("mail", fail, number)
+        core.spawn("other", fail, 1)
+        core.spawn("mail", int, "x")
+        core.drain()
+        mail, other, builtin = core.pool.hooks.recent.failures
+
+    assert (mail.times, mail.name, mail.message) == (333, "mail", "no such address: 332")
+    assert mail.since <= mail.at
+    assert mail.where.startswith(f"{__file__}:")
+    assert (other.times, builtin.times) == (1, 1)
+
+
+def test_message_that_cannot_be_shown_is_empty() -> None:
+    """The failure is kept all the same."""
+
+    class BrokenError(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    def fail() -> None:
+        raise BrokenError
+
+    with Core() as core:
+        core.spawn("mail", fail)
+        core.drain()
+        [failure] = core.pool.hooks.recent.failures
+
+    assert (failure.error, failure.message) == ("BrokenError", "")
+
+
+def test_failure_that_was_raised_nowhere_has_no_place() -> None:
+    """An exception that was never raised has no traceback."""
+    assert place_of(ValueError()) == ""
+
+
+def test_failures_are_counted_whole_after_a_signal_handler_has_raised() -> None:
+    """The lock is let go of, so the next failure is counted."""
+    recent = Recent()
+    failure = Failure(1.0, "mail", "failed", "ValueError", "", "", "", 0.0, 0.0)
+
+    def interrupted(**_changes: Any) -> None:
+        recent._lock.acquire()  # as it is left by a handler that raises in the middle of `with`
+        raise KeyboardInterrupt
+
+    class Interrupted(Failure):
+        _replace: Any = staticmethod(interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        recent.add_failure(Interrupted(*failure))
+    thread = Thread(target=recent.add_failure, args=[failure])
+    thread.start()
+    thread.join(BOUND)
+
+    assert [each.times for each in recent.failures] == [1]
+
+
+def test_waiting_tasks_are_told_by_name() -> None:
+    """How long the oldest of each name has waited, and when what is delayed is due."""
+    with Core(conn_max=1) as core, Gate() as gate:
+        core.pool.using(retries=1, retry_delay=40.0).spawn("bad", int, "x")
+        wait_until(lambda: core.queue.delayed)
+        core.spawn("held", gate)
+        gate.wait_entered()
+        core.spawn("first", int)
+        core.spawn("second", int)
+        waiting = read_waiting(core.queue)
+
+    assert set(waiting) == {"bad", "first", "second"}
+    assert (waiting["first"].oldest or 0.0) >= (waiting["second"].oldest or 0.0) > 0.0
+    assert (waiting["bad"].oldest, waiting["bad"].delayed) == (None, 1)
+    assert 0.0 < (waiting["bad"].due or 0.0) <= 50.0
 
 
 def test_traceback_is_bounded() -> None:

@@ -113,6 +113,28 @@ def test_loop_that_answers_is_not_reported() -> None:
         assert not core.logs.of("has not answered")
 
 
+def test_the_watch_ends_also_if_the_loop_takes_a_moment_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last answer is still on its way as the watch has asked, and must not keep it for good."""
+    monkeypatch.setattr(loop_watch, "LOOK_INTERVAL", 0.05)
+    with Watched(conn_max=1) as core, AsyncGate() as gate:
+        call_soon = core.drainer.loop.call_soon
+        asked: list[object] = []
+
+        def call_a_little_later(*call: Any) -> bool:
+            asked.append(call)
+            threading.Timer(0.01, call_soon, call).start()
+            return True
+
+        core.spawn("waits", gate)
+        gate.wait_entered()
+        monkeypatch.setattr(core.drainer.loop, "call_soon", call_a_little_later)
+        wait_until(lambda: asked)
+        gate.open()
+        core.drain()
+
+        wait_until(lambda: not core.is_watched())
+
+
 def test_plain_functions_need_no_watch() -> None:
     """A pool without coroutines has no such thread."""
     with Watched(conn_max=1) as core, Gate() as gate:
@@ -199,8 +221,8 @@ def test_deaf_loop_is_replaced(script: Any, failed: int) -> None:
     result, errors = run_function(script)
 
     assert result == {"ran": True, "failed": failed, "left": 0}
-    assert "the drainer's loop is deaf" in errors
-    assert errors.count("RuntimeError: the drainer's loop is deaf, and was replaced") == failed
+    assert "the drainer's loop cannot be woken" in errors
+    assert errors.count("RuntimeError: the drainer's loop could not be woken, and was replaced") == failed
 
 
 def test_coroutine_that_was_lent_to_a_deaf_loop_runs_on_the_new_one() -> None:

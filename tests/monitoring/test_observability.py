@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from django.core.cache import BaseCache
+from django.core.management import call_command
 
 import bgtasks
 from bgtasks import conf, health
 from bgtasks.core.log import logger
 from bgtasks.models import BackgroundTasks
 from tests.gate import BOUND
+from tests.monitoring.test_publisher import cache, publish
+from tests.monitoring.test_reading import busy
+
+__all__ = ["cache"]  # the fixture
 
 PAGE = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
 
@@ -59,6 +65,35 @@ def test_every_metric_is_documented() -> None:
     ]
 
     assert first_column("| metric | labels | |") == exported
+
+
+def test_every_field_of_the_json_is_documented(cache: BaseCache) -> None:
+    """The tables of `--json` have each field, and no other."""
+
+    def fields(heading: str) -> set[str]:
+        table = PAGE.split(heading, 1)[1].split("\n\n", 1)[0]
+        cells = [line.split("|")[1] for line in table.splitlines()[2:]]
+        return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+    def mentioned(heading: str, field: str) -> set[str]:
+        table = PAGE.split(heading, 1)[1].split("\n\n", 1)[0]
+        [line] = [line for line in table.splitlines() if line.startswith(f"| `{field}`")]
+        return {*re.findall(r"`(\w+)`", line)} - {field, f"{field}_known"}
+
+    publish(cache, busy())
+    out = io.StringIO()
+    with pytest.raises(SystemExit):  # its queue is full
+        call_command("bgtasks", "--json", stdout=out)
+    seen = json.loads(out.getvalue())
+    [process], [pool] = seen["processes"], seen["pools"]
+
+    assert fields("| field | |") == set(seen)
+    assert fields("| field of a process | |") == set(process)
+    assert fields("| field of a pool | |") == set(pool)
+    assert fields("| field of a name | |") == set(pool["names"][0])
+    assert mentioned("| field of a process | |", "pools") == {*process["pools"][0], "stats"}
+    for part in ("running", "failures", "drops"):
+        assert mentioned("| field of a pool | |", part) == set(pool[part][0])
 
 
 def test_snippets_in_code_run() -> None:

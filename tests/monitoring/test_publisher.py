@@ -18,8 +18,10 @@ from pytest_django import Settings
 import bgtasks
 from bgtasks.core.figures import BOUNDS, OTHERS
 from bgtasks.handoff.slots import HandoffSlots
-from bgtasks.monitoring import overview, publisher, snapshot
-from bgtasks.monitoring.publisher import Publisher, encode, pause_key, place_key, snapshot_key
+from bgtasks.monitoring import control, overview, publisher, snapshot
+from bgtasks.monitoring.cache import pause_key, place_keys, snapshot_key
+from bgtasks.monitoring.history import History, shifted
+from bgtasks.monitoring.publisher import Publisher, encode
 from bgtasks.pools import pools
 from tests.engines import FakeEngine
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
@@ -34,7 +36,7 @@ class BrokenCache(LocMemCache):
     def _broken(self, *args: Any, **kwargs: Any) -> Any:
         raise OSError("no route to the cache")
 
-    get = get_many = set_many = add = delete = _broken
+    get = get_many = set = set_many = add = delete = _broken
 
 
 class FullCache(LocMemCache):
@@ -58,7 +60,7 @@ def cache(settings: Settings, request: pytest.FixtureRequest) -> Any:
 
 
 def published(cache: BaseCache) -> list[dict[str, Any]]:
-    places = cache.get_many([place_key(number) for number in range(publisher.PLACES)])
+    places = cache.get_many(place_keys())
     found = cache.get_many([snapshot_key(process) for process in places.values()])  # one may leave meanwhile
     return [json.loads(content) for content in found.values()]
 
@@ -172,23 +174,47 @@ def test_snapshot_too_large_for_a_cache_leaves_the_longest_parts_out(monkeypatch
     pool = {
         "running": [{"name": "a", "stack": "long"}],
         "failures": [{"name": "b", "traceback": "long"}],
-        "names": [{"name": str(number)} for number in range(200)],
     }
 
     [left] = json.loads(encode({"pools": [pool]}))["pools"]
 
     assert (left["running"][0]["stack"], left["failures"][0]["traceback"]) == (None, None)
-    assert len(left["names"]) == 50
 
 
-def test_old_samples_are_forgotten(monkeypatch: pytest.MonkeyPatch, cache: BaseCache) -> None:
-    """The history has an end."""
-    monkeypatch.setattr(publisher, "HISTORY", -1)
+@pytest.mark.parametrize(
+    ("moments", "queued", "running"),
+    [
+        ([], [], []),
+        ([(100.0, 0, 0)], [], []),
+        ([(100.0, 0, 0), (103.0, 5, 1)], [5], [1]),
+        ([(100.0, 2, 1), (100.1, 7, 3), (100.2, 0, 0)], [7], [3]),  # a burst within one point is seen
+        ([(100.0, 2, 1), (109.0, 0, 0)], [2, 2, 2, 0], [1, 1, 1, 0]),
+        ([(100.0, 2, 1), (40.0, 3, 3)], [3], [3]),  # a clock that jumps back
+        ([(3.0 * number, number, 1) for number in range(1000)], list(range(900, 1000)), [1] * 100),
+        ([(100.0, 2, 1), (1e9, 0, 0)], [*[2] * 99, 0], [*[1] * 99, 0]),
+    ],
+)
+def test_history_keeps_the_largest_figure_of_each_point(moments: Any, queued: Any, running: Any) -> None:
+    """It has an end, whatever the clock does, and no zeros at the beginning."""
+    history = History()
+    for moment in moments:
+        history.add(*moment)
+
+    assert history.read() == {"queued": queued, "running": running}
+
+
+def test_clock_that_jumps_back_makes_no_snapshot_grow(
+    cache: BaseCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The history does not look at the time of day."""
     with Observed() as core:
-        core.publisher._beat(stopping=False)
-        core.publisher._beat(stopping=False)
+        core.publisher.config = None
+        for hour in range(200):
+            monkeypatch.setattr(snapshot, "time", lambda hour=hour: 1e9 - 3600 * hour)
+            core.publisher._beat(stopping=False)
+        content = core.publisher.snapshot()
 
-        assert len(core.publisher.history["core"]) == 1
+    assert content["pools"][0]["history"] == {"queued": [], "running": []}
 
 
 def test_process_that_ends_takes_its_snapshot_back(cache: BaseCache) -> None:
@@ -209,10 +235,10 @@ def test_process_that_ends_leaves_the_place_of_another_alone(cache: BaseCache) -
         core.wait_idle()
         place = core.publisher.place
         assert place is not None
-        cache.set(place_key(place), "another")
+        cache.set(place, "another")
         core.publisher.leave()
 
-        assert cache.get(place_key(place)) == "another"
+        assert cache.get(place) == "another"
 
 
 def test_process_that_published_nothing_has_nothing_to_take_back(cache: BaseCache) -> None:
@@ -292,8 +318,9 @@ def test_more_processes_than_places_are_complained_of_once(
     cache: BaseCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that finds no place runs its tasks as ever, and says in the log that it cannot be seen."""
+    monkeypatch.setattr("bgtasks.monitoring.cache.PLACES", 1)
     monkeypatch.setattr(publisher, "PLACES", 1)
-    cache.set(place_key(0), "another")
+    cache.set(place_keys()[0], "another")
     with Observed() as core:
         core.spawn("task", print, end="")
         core.drain()
@@ -316,7 +343,7 @@ def test_cache_that_fails_is_complained_of_once(backend: Any, said: Any, setting
             core.spawn("task", print, end="")
             core.drain()
             core.wait_idle()
-        core.publisher.place = 7
+        core.publisher.place = "a place"
         core.publisher.leave()
 
         assert core.stats().succeeded == 2
@@ -533,7 +560,7 @@ def test_fork_that_holds_the_locks_of_the_pools_waits_for_no_figures(
         caches["default"].clear()
         monkeypatch.setattr(caches, "create_connection", lambda alias: HeldCache("held", {}))
         with Observed() as core, Gate() as running:
-            core.publisher.place = 0  # so that it asks whether that is still its own
+            core.publisher.place = "a place"  # so that it asks whether that is still its own
             core.spawn("held", running)
             gate.wait_entered()
             with core.queue.lock:
@@ -578,12 +605,12 @@ def test_pause_in_the_cache_is_obeyed_and_lifted(cache: BaseCache) -> None:
 
 def test_set_paused_acts_at_once_on_the_own_process(cache: BaseCache) -> None:
     """Who pauses a pool sees it paused, and who resumes it sees it resumed."""
-    overview.set_paused(pools, "default", True, by="ada")
+    control.set_paused(pools, "default", True, by="ada")
     [pool] = [pool for pool in overview.overview(pools)["pools"] if pool["name"] == "default"]
     assert pool["paused"]
     assert bgtasks.spawn("waits", print, end="")
 
-    overview.set_paused(pools, "default", False, by="ada")
+    control.set_paused(pools, "default", False, by="ada")
     assert bgtasks.drain(BOUND)
     [pool] = [pool for pool in overview.overview(pools)["pools"] if pool["name"] == "default"]
     assert not pool["paused"]
@@ -591,7 +618,7 @@ def test_set_paused_acts_at_once_on_the_own_process(cache: BaseCache) -> None:
 
 def test_set_paused_of_a_pool_elsewhere_is_written_down(cache: BaseCache) -> None:
     """A pool that only other processes have is paused through the cache."""
-    overview.set_paused(pools, "theirs", True, by="ada")
+    control.set_paused(pools, "theirs", True, by="ada")
 
     assert cache.get(pause_key("theirs"))["by"] == "ada"
 
@@ -599,8 +626,8 @@ def test_set_paused_of_a_pool_elsewhere_is_written_down(cache: BaseCache) -> Non
 def test_nothing_can_be_paused_if_nothing_is_published(settings: Settings) -> None:
     """Nobody would hear of it."""
     settings.BGTASKS_SNAPSHOT = None
-    with pytest.raises(LookupError, match="BGTASKS_SNAPSHOT"):
-        overview.set_paused(pools, "default", True, by="ada")
+    with pytest.raises(control.NotOrdered, match="BGTASKS_SNAPSHOT"):
+        control.set_paused(pools, "default", True, by="ada")
 
 
 # The overview.
@@ -619,7 +646,7 @@ def other(**changes: Any) -> dict[str, Any]:
 
 
 def publish(cache: BaseCache, content: dict[str, Any], number: int = 0) -> None:
-    cache.set_many({place_key(number): content["id"], snapshot_key(content["id"]): json.dumps(content)})
+    cache.set_many({place_keys()[number]: content["id"], snapshot_key(content["id"]): json.dumps(content)})
 
 
 def states(seen: dict[str, Any]) -> list[tuple[str, str]]:
@@ -693,6 +720,34 @@ def test_overview_tells_how_a_process_is(changes: Any, state: Any, cache: BaseCa
     assert ("other", state) in states(overview.overview(pools))
 
 
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, False),
+        ({"drainer": "blocked"}, False),  # it was killed since it was blocked
+        ({"at": 60.0}, True),  # another one, with the same id, that has published since
+        ({"pid": 2}, True),
+        ({"host": "another"}, True),
+        ({"idle": True}, True),  # it may live, and be another one
+    ],
+)
+def test_overview_shows_a_killed_process_only_as_a_loss_once_that_is_told(
+    changes: Any, shown: bool, cache: BaseCache
+) -> None:
+    """What it had waiting is lost: it is not counted any more, and nobody has to look whether it lives."""
+    bgtasks.stats()  # has the pools built, if no test before this one has
+    loss = {"at": 50.0, "host": "other", "pid": 1, "tasks": 2, "names": "2 'lost'"}
+    killed = other(**{"idle": False, "at": 40.0, **changes})
+    publish(cache, killed, number=1)
+    publish(cache, other(id="teller", host="teller", losses=[loss]), number=2)
+    seen = overview.overview(pools)
+
+    assert loss in seen["losses"]  # beside those that this process has reported in earlier tests
+    assert ((killed["host"], killed["pid"]) in [(of["host"], of["pid"]) for of in seen["processes"]]) is shown
+    [pool] = [pool for pool in seen["pools"] if pool["name"] == "default"]
+    assert pool["processes"] == (3 if shown else 2)
+
+
 def test_overview_tells_a_busy_process(cache: BaseCache) -> None:
     """A process with a task that runs is active."""
     with Gate() as gate:
@@ -707,7 +762,14 @@ def dropping(names: dict[str, int], last: list[tuple[float, str]]) -> list[dict[
     with Observed() as core:
         [pool] = json.loads(json.dumps(core.publisher.snapshot()))["pools"]
     none = {"counts": {}, "seconds": 0.0, "longest": 0.0}
-    nothing = {"queued": 0, "running": 0, "ended": {}, "waits": none, "runs": none}
+    nothing = {
+        **dict.fromkeys(("queued", "running", "retried", "delayed"), 0),
+        "oldest": None,
+        "due": None,
+        "ended": {},
+        "waits": none,
+        "runs": none,
+    }
     pool["names"] = [
         {"name": name, "spawned": count, "dropped": {"full": count}, **nothing}
         for name, count in names.items()
@@ -810,17 +872,18 @@ def test_overview_without_a_cache_shows_this_process(settings: Settings) -> None
 
 
 @pytest.mark.parametrize(
-    ("samples", "queued", "running"),
+    ("points", "age", "goes_on", "last"),
     [
-        ([], [0, 0, 0, 0], [0, 0, 0, 0]),
-        ([[10, 1, 2]], [0, 0, 0, 0], [0, 0, 0, 0]),
-        ([[400 - 160, 5, 1], [400 - 80, 0, 0]], [0, 5, 5, 0], [0, 1, 1, 0]),
-        ([[399, 3, 1], [399.5, 2, 2]], [0, 0, 0, 3], [0, 0, 0, 2]),
-        ([[400 - 200, 7, 7]], [0, 7, 7, 0], [0, 7, 7, 0]),
+        ([], 0.0, True, [0, 0, 0]),
+        ([4], 1.0, True, [0, 0, 4]),
+        ([4], 6.0, True, [4, 4, 4]),
+        ([4], 6.0, False, [4, 0, 0]),
+        ([4], 1e9, False, [0, 0, 0]),
+        ([4], -1e9, False, [0, 0, 4]),  # its clock is ahead
     ],
 )
-def test_history_has_the_largest_figure_of_each_moment(samples: Any, queued: int, running: int) -> None:
-    """A burst between two points is seen, and of a process that fell silent nothing more is assumed."""
-    seen = overview._history([(samples, 30), ([], 1)], 400.0, 4)
+def test_points_are_shifted_to_now(points: Any, age: Any, goes_on: Any, last: Any) -> None:
+    """Of a process that has fallen silent nothing is assumed, and one at work goes on."""
+    shown = shifted(points, age, goes_on=goes_on)
 
-    assert seen == {"queued": queued, "running": running}
+    assert (len(shown), shown[-3:]) == (100, last)

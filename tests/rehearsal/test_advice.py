@@ -10,7 +10,7 @@ from bgtasks.rehearsal import advice
 from bgtasks.rehearsal.accounts import Account
 from bgtasks.rehearsal.report import as_json, as_text, failure_as_json, failure_as_text
 from bgtasks.rehearsal.results import GROUP, Ended, NotRehearsed, Plan, ProcessResult, Result
-from bgtasks.rehearsal.servers import ServerFacts
+from bgtasks.servers import ServerFacts
 
 GUNICORN = ServerFacts("gunicorn", worker="sync", graceful_timeout=30, timeout=30)
 ITSELF, KILLED = Ended(1.0, killed=False), Ended(10.0, killed=True)
@@ -28,7 +28,8 @@ def process(
 
 
 def result(*processes: ProcessResult, **changes: Any) -> Result:
-    plan = Plan(["serve"], **{key: changes.pop(key) for key in ("target",) if key in changes})
+    command = changes.pop("command", "serve").split()
+    plan = Plan(command, **{key: changes.pop(key) for key in ("target",) if key in changes})
     return Result(plan, list(processes), ended_after=3.21, **changes)
 
 
@@ -57,10 +58,13 @@ def test_reported_tasks_are_not_lost_without_a_word() -> None:
 
 
 def test_verdict_counts_what_is_lost() -> None:
-    """The number of tasks, and in how many processes."""
+    """The number of tasks, in how many processes, and how long the end took."""
     seen = result(process(accepted=6, succeeded=2), process(accepted=2, succeeded=2))
 
-    assert advice.verdict(seen) == "4 of 8 accepted tasks were lost without a word, in 1 of 2 processes"
+    assert advice.verdict(seen) == (
+        "4 of 8 accepted tasks were lost without a word, in 1 of 2 processes, and the last process ended "
+        "3.2 s after SIGTERM"
+    )
 
 
 UVICORN_WORKER = ServerFacts("gunicorn", worker="UvicornWorker", graceful_timeout=30, timeout=None)
@@ -106,13 +110,30 @@ def test_loss_has_a_line_to_change(name: str) -> None:
     assert change in found.change
 
 
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("uvicorn mysite.asgi:application --port 8000", "mysite/asgi.py"),
+        ("python -m uvicorn --workers 2 sites.my_site.asgi:app", "sites/my_site/asgi.py"),
+        ("gunicorn -c python:mysite.conf -k uvicorn_worker.UvicornWorker mysite.asgi", "mysite/asgi.py"),
+        ("uvicorn web:application", "asgi.py"),
+        ("sh start.sh", "asgi.py"),
+    ],
+)
+def test_line_to_change_is_in_the_file_that_the_command_names(command: str, file: str) -> None:
+    """It is that of the application; if the command does not name it, it has the usual name."""
+    [found] = advice.advice(result(process(ServerFacts("uvicorn"), accepted=1), command=command))
+
+    assert found.change == f"write in {file}: {advice.WRAPPER}"
+
+
 def test_setting_leaves_room_under_the_limit() -> None:
     """With the 10 s of a container, what is proposed is the default, 8 s."""
     [found] = advice.advice(result(process(accepted=1, closing=1, ended=KILLED, shutdown_timeout=20)))
 
     assert found.problem == "SHUTDOWN_TIMEOUT is 20 s, and the kill comes after 10 s"
     assert found.change.startswith(
-        'write in the settings: BGTASKS = {"default": {"SHUTDOWN_TIMEOUT": 8}}; or'
+        'write "SHUTDOWN_TIMEOUT": 8 for each pool in BGTASKS, also for "default"; or'
     )
     assert found.change.endswith(f" raise {advice.KILL_OPTIONS} above 20 s")
 
@@ -148,18 +169,19 @@ def test_what_was_not_rehearsed_is_noted() -> None:
 def test_report_has_a_row_for_each_process() -> None:
     """Numbers are under their headings, and what follows says what to do."""
     before = process(accepted=3, succeeded=3, ended=Ended(-1, killed=False))
-    text = as_text(result(before, process(accepted=300, succeeded=2, closing=1, ended=KILLED)))
+    seen = result(before, process(accepted=300, succeeded=2, closing=1, ended=KILLED))
+    text = as_text(seen)
 
     assert text.splitlines()[:-1] == [
         "process  server         accepted  finished  cancelled  handed off  lost  ended after",
         "7        gunicorn sync         3         3          0           0     0  before",
         "7        gunicorn sync       300         2          0           0   298  10.0 s, killed",
         "",
-        "298 of 303 accepted tasks were lost without a word, in 1 of 2 processes.",
+        f"{advice.verdict(seen)}.",
         "",
         "Lost: SHUTDOWN_TIMEOUT is 8 s, and the kill comes after 10 s.",
     ]
-    assert text.splitlines()[-1].startswith('  To do: write in the settings: BGTASKS = {"default":')
+    assert text.splitlines()[-1].startswith('  To do: write "SHUTDOWN_TIMEOUT": 8 for each pool')
 
 
 def test_json_has_all_of_it() -> None:

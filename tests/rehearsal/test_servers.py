@@ -41,7 +41,10 @@ CHECKOUT = str(Path(__file__).parent.parent.parent)
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.servers]
 
 AT_ONCE = 4  # rehearsals
-SCRIPT = f"sh {Path(__file__).parent.parent / 'servers' / 'rehearsed.sh'} "
+FILES = Path(__file__).parent.parent / "servers"
+SCRIPT = f"sh {FILES / 'rehearsed.sh'} "
+SUPERVISED = f"sh -c 'cd . && exec {BIN / GUNICORN}{WSGI}'"  # as a `command` of supervisord's configuration
+UVICORN_WORKERS = UVICORN + "--workers 2 --timeout-worker-healthcheck 60 "
 URL = "http://127.0.0.1:{port}"
 
 
@@ -50,7 +53,7 @@ class Case:
     """A server to rehearse.
 
     Attributes:
-        command: How it is started, on `{port}`.
+        command: How it is started, on `{port}`, which is also in the environment.
         change: A part of what is to be changed; "" if nothing is lost.
         problem: A part of what is wrong.
         workers: Processes that spawn.
@@ -74,7 +77,7 @@ class Case:
         """Rehearse it."""
         port = free_port()
         program, *args = shlex.split(self.command.format(port=port))
-        variables = [f"BGTASKS_TEST_SHUTDOWN_TIMEOUT={self.shutdown_timeout}"]
+        variables = [f"BGTASKS_TEST_SHUTDOWN_TIMEOUT={self.shutdown_timeout}", f"PORT={port}"]
         if self.change:  # coverage handles SIGTERM, which would otherwise end a process on the spot
             variables += ["COVERAGE_PROCESS_START=", "COVERAGE_PROCESS_CONFIG="]
         plan = Plan(
@@ -100,31 +103,38 @@ SAFE = {
     "gunicorn-uvicorn-worker": Case(GUNICORN + UVICORN_WORKER + ASGI),
     "gunicorn-gevent": Case(GUNICORN + "-k gevent " + WSGI),
     "uvicorn": Case(UVICORN + ASGI),
-    "uvicorn-workers": Case(UVICORN + "--workers 2 --timeout-worker-healthcheck 60 " + ASGI, workers=2),
+    "uvicorn-workers": Case(UVICORN_WORKERS + ASGI, workers=2),
+    "python-m-uvicorn": Case("python -m " + UVICORN_WORKERS + ASGI, workers=2),
     "hypercorn": Case(HYPERCORN + ASGI),
     "daphne": Case(DAPHNE + ASGI),
     "granian-asgi": Case(GRANIAN + "--interface asgi --workers 2 " + ASGI, workers=2),
     "granian-wsgi": Case(GRANIAN + "--interface wsgi --workers 2 " + WSGI, workers=2),
     "uwsgi": Case(UWSGI_GRACEFUL + "--processes 2 --module " + WSGI, workers=2),
+    "uwsgi-ini": Case(f"uwsgi --ini {FILES / 'uwsgi.ini'}", workers=2),
     "uwsgi-lazy-apps": Case(UWSGI_GRACEFUL + "--lazy-apps --module " + WSGI),
     "waitress": Case(WAITRESS + WSGI_SIGTERM),
     "waitress-ctrl-c": Case(WAITRESS + WSGI, signum=SIGINT),
     "runserver-ctrl-c": Case(RUNSERVER + "--noreload", signum=SIGINT),
     "script-group": Case(SCRIPT + str(BIN / GUNICORN) + WSGI, target=GROUP),
+    "supervisord": Case(SUPERVISED),
     "visited": Case(GUNICORN + WSGI, url=URL, requests=1),
 }
 LOSING = {
-    "uvicorn-unwrapped": Case(UVICORN + UNWRAPPED, advice.WRAPPER, "uvicorn has not announced its lifespan"),
+    "uvicorn-unwrapped": Case(
+        UVICORN + UNWRAPPED,
+        f"write in tests/servers/asgi.py: {advice.WRAPPER}",
+        "uvicorn has not announced its lifespan",
+    ),
     "uvicorn-worker-unwrapped": Case(GUNICORN + UVICORN_WORKER + UNWRAPPED, advice.WRAPPER, "gunicorn Uvi"),
     "gunicorn-graceful-timeout": Case(
         GUNICORN + "--graceful-timeout 1 " + WSGI,
-        '"SHUTDOWN_TIMEOUT": 0.8}}; or raise --graceful-timeout above 60 s',
+        '"SHUTDOWN_TIMEOUT": 0.8 for each pool in BGTASKS, also for "default"; or raise --graceful-timeout',
         "SHUTDOWN_TIMEOUT is 60 s, and gunicorn's --graceful-timeout comes after 1 s",
         seconds=5,
     ),
     "gunicorn-timeout": Case(
         GUNICORN + "--max-requests 3 --timeout 2 " + UVICORN_WORKER + ASGI,
-        '"SHUTDOWN_TIMEOUT": 1.6}}; or raise --timeout above 60 s',
+        '"SHUTDOWN_TIMEOUT": 1.6 for each pool in BGTASKS, also for "default"; or raise --timeout above 60 s',
         "SHUTDOWN_TIMEOUT is 60 s, and gunicorn's --timeout comes after 2 s",
         seconds=8,
         url=URL,
@@ -144,7 +154,7 @@ LOSING = {
     "script": Case(SCRIPT + str(BIN / GUNICORN) + WSGI, advice.EXEC, "which does not pass SIGTERM on"),
     "kill": Case(
         GUNICORN + WSGI,
-        '"SHUTDOWN_TIMEOUT": 2.4}}; or raise stop_grace_period',
+        '"SHUTDOWN_TIMEOUT": 2.4 for each pool in BGTASKS, also for "default"; or raise stop_grace_period',
         "SHUTDOWN_TIMEOUT is 60 s, and the kill comes after 3 s",
         seconds=6,
         kill_after=3,

@@ -13,7 +13,9 @@ BGTASKS = {"default": {"CONN_MAX": 2, "SHUTDOWN_TIMEOUT": float(os.environ["BGTA
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"plain": {"format": "{process} {name} {levelname}: {message}", "style": "{"}},
+    "formatters": {
+        "plain": {"format": "{created:.3f} {process} {name} {levelname}: {message}", "style": "{"},
+    },
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "plain"}},
     "loggers": {"bgtasks": {"handlers": ["stderr"], "level": "INFO", "propagate": False}},
 }

@@ -9,26 +9,42 @@ import argparse
 import json
 import sys
 from copy import copy
+from datetime import UTC, datetime
 from time import sleep
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
+from django.utils import timezone
 
 from bgtasks.core.figures import BOUNDS
+from bgtasks.monitoring.condition import Condition
 from bgtasks.monitoring.figures import two_digits
 from bgtasks.monitoring.overview import overview
 from bgtasks.pools import pools
 from bgtasks.rehearsal import command as rehearsal
 
 SHORTEST = BOUNDS[0]  # seconds; of what is shorter no digit is known
+FEW = 5  # rows of failures and drops that are shown
 CLEAR = "\x1b[H\x1b[2J"
 UNWELL = {"silent", "dead", "blocked"}
+SHARED = (
+    "Set a cache that the processes share, in CACHES, such as\n"
+    '    {"BACKEND": "django.core.cache.backends.redis.RedisCache", "LOCATION": "redis://127.0.0.1:6379"}\n'
+    "or one in the database or in files; under another alias, name that in BGTASKS_SNAPSHOT."
+)
 NOTES = {
-    "local": "The cache is local memory, which this command does not share with the processes of the site.",
-    "none": "The cache keeps nothing, so the processes of the site cannot be seen.",
+    "local": (
+        "The cache is local memory, which this command does not share with the processes of the site.\n"
+        f"{SHARED}"
+    ),
+    "none": f"The cache keeps nothing, so the processes of the site cannot be seen.\n{SHARED}",
     "off": "BGTASKS_SNAPSHOT is None, so the processes of the site cannot be seen.",
-    "broken": "The cache does not answer, so the processes of the site cannot be seen.",
+    "broken": "The cache does not answer, so the processes of the site cannot be seen. The log says why.",
 }
+NOBODY = (
+    "No process can be seen. A process is shown from its first task until it ends, or until an hour after "
+    "its last task."
+)
 
 
 class Command(BaseCommand):
@@ -42,7 +58,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare --json, --watch and the rehearsal."""
-        parser.add_argument("--json", action="store_true", help="print everything that is known, as JSON")
+        parser.add_argument("--json", action="store_true", help="print what is known, as one line of JSON")
         parser.add_argument(
             "--watch",
             nargs="?",
@@ -56,7 +72,7 @@ class Command(BaseCommand):
         for action in parser._actions:
             if action.option_strings and action.dest not in {"help", "version", "watch"}:
                 common._add_action(copy(action)).default = argparse.SUPPRESS
-        rehearse = parser.add_subparsers(dest="action", metavar="[rehearse]").add_parser(
+        rehearse = parser.add_subparsers(dest="action", metavar="[rehearse -- COMMAND]").add_parser(
             "rehearse", parents=[common], help="rehearse a deploy of the project's own server"
         )
         rehearsal.add_arguments(rehearse)
@@ -70,7 +86,7 @@ class Command(BaseCommand):
         try:
             while True:
                 seen = _others()
-                text = json.dumps(seen, indent=2) if options["json"] else _text(seen)
+                text = _json(seen) if options["json"] else _text(seen)
                 watched = options["watch"] is not None and not options["json"]
                 self.stdout.write(CLEAR + text if watched else text)
                 if options["watch"] is None:
@@ -90,13 +106,18 @@ def _others() -> dict[str, Any]:
 def _status(seen: dict[str, Any]) -> int:
     if not seen["processes"]:
         return 2
-    full = any(
-        pool["stats"]["queued"] >= pool["stats"]["capacity"]
-        or pool["stats"]["stuck"] >= pool["stats"]["runners"]
+    unwell = any(
+        pool["state"] == Condition.STUCK.value or pool["queued"] >= pool["capacity"]
         for process in seen["processes"]
         for pool in process["pools"]
     )
-    return int(full or any(process["state"] in UNWELL for process in seen["processes"]))
+    return int(unwell or any(process["state"] in UNWELL for process in seen["processes"]))
+
+
+def _json(seen: dict[str, Any]) -> str:
+    """Return all but the charts. Each field is described in docs/observability.md."""
+    pools = [{key: value for key, value in pool.items() if key != "history"} for pool in seen["pools"]]
+    return json.dumps({**seen, "pools": pools}, separators=(",", ":"))
 
 
 def _text(seen: dict[str, Any]) -> str:
@@ -104,81 +125,145 @@ def _text(seen: dict[str, Any]) -> str:
     if seen["sight"] in NOTES:
         parts.append(NOTES[seen["sight"]])
     if not seen["processes"]:
-        parts.append("No process has published anything: none has run a task within the last hour.")
+        parts.append(NOBODY)
     for pool in seen["pools"]:
         parts += _pool(pool, seen["at"])
     if seen["processes"]:
-        rows = [
-            [
-                _plain(f"{process['host']}:{process['pid']}"),
-                process["state"],
-                _plain(pool["name"]) + (" (paused)" if pool["paused"] else ""),
-                f"{pool['stats']['queued']}/{pool['stats']['capacity']}",
-                f"{pool['stats']['running']}/{pool['stats']['conn_max']}",
-                str(pool["stats"]["failed"]),
-                str(pool["stats"]["dropped"]),
-                _seconds(process["age"]),
-            ]
-            for process in seen["processes"]
-            for pool in process["pools"]
-        ]
-        heads = ["process", "state", "pool", "waiting", "running", "failed", "dropped", "last word"]
-        parts.append(_table(heads, rows))
+        parts.append(_processes(seen["processes"]))
+    parts += [f"The snapshot of {_plain(of['process'])} {_plain(of['problem'])}." for of in seen["unread"]]
+    parts += _losses(seen)
     return "\n\n".join(parts)
 
 
+def _processes(processes: list[dict[str, Any]]) -> str:
+    heads = ["process", "state", "pool", "", "waiting", "running", "failed", "dropped", "shed", "last seen"]
+    rows = [
+        [
+            _plain(f"{process['host']}:{process['pid']}"),
+            process["state"],
+            _plain(pool["name"]),
+            pool["state"],
+            f"{pool['queued']}/{pool['capacity']}",
+            f"{pool['running']}/{pool['conn_max']}",
+            *(str(pool[key]) for key in ("failed", "dropped", "shed")),
+            _seconds(process["age"]),
+        ]
+        for process in processes
+        for pool in process["pools"]
+    ]
+    return _table(heads, rows)
+
+
+def _losses(seen: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            _plain(f"{loss['host']}:{loss['pid']}"),
+            str(loss["tasks"]),
+            _plain(loss["names"]),
+            f"{_seconds(max(0.0, seen['at'] - loss['at']))} ago",
+        ]
+        for loss in seen["losses"]
+    ]
+    return [_table(["killed process", "lost", "tasks", "reported"], rows)] if rows else []
+
+
 def _pool(pool: dict[str, Any], at: float) -> list[str]:
-    stats = pool["stats"]
-    state = ", paused" if pool["paused"] else ""
+    lines = [_summary(pool), *(f"  ! {_plain(advice)}" for advice in pool["advice"])]
+    tables = [_names(pool), _running(pool), _failures(pool, at), _drops(pool, at)]
+    return ["\n".join(lines), *filter(None, tables)]
+
+
+def _summary(pool: dict[str, Any]) -> str:
+    stats, pause = pool["stats"], pool["pause"]
+    state = pool["state"]
+    if pause is not None:
+        state += f" by {_plain(pause['by'])} since {_clock(pause['at'])}"
     line = (
-        f"Pool {_plain(pool['name'])}{state}: {stats['queued']} of {stats['capacity']} waiting, "
+        f"Pool {_plain(pool['name'])}, {state}: {stats['queued']} of {stats['capacity']} waiting, "
         f"{stats['running']} of {stats['conn_max']} running, {stats['stuck']} stuck; "
         f"oldest waits {_seconds(pool['oldest'])}"
     )
-    if failures := stats.get("handoff_failures"):
+    if pool["delayed"]:
+        line += f"; {pool['delayed']} are delayed, the first for {_seconds(pool['due'])}"
+    if failures := stats["handoff_failures"]:
         line += f"; the engine failed {failures} times"
-    parts = [line]
-    if pool["names"]:
-        heads = ["task", "spawned", "waiting", "running", "succeeded", "failed", "dropped"]
-        keys = ["spawned", "queued", "running", "succeeded", "failed", "dropped"]
-        times = ["wait_p50", "wait_p95", "run_p50", "run_p95"]
-        rows = [
-            [_plain(of["name"]), *(str(of[key]) for key in keys), *(_roughly(of[key]) for key in times)]
-            for of in pool["names"]
+    return line
+
+
+def _names(pool: dict[str, Any]) -> str:
+    keys = [
+        "spawned",
+        "queued",
+        "delayed",
+        "running",
+        "succeeded",
+        "failed",
+        "retried",
+        "dropped",
+        "shed",
+        "coalesced",
+    ]
+    heads = ["task", "spawned", "waiting", "delayed", *keys[3:]]
+    times = ["wait_p50", "wait_p95", "run_p50", "run_p95"]
+    rows = [
+        [
+            _plain(of["name"]),
+            *(str(of[key]) for key in keys),
+            _seconds(of["oldest"]),
+            "-" if of["due"] is None else f"in {_seconds(of['due'])}",
+            *(_roughly(of[key]) for key in times),
         ]
-        parts.append(_table([*heads, "wait p50", "wait p95", "run p50", "run p95"], rows))
-    if pool["running"]:
-        rows = [
-            [
-                _plain(task["name"]),
-                _seconds(task["seconds"]) + (" (stuck)" if task["stuck"] else ""),
-                _plain(f"{task['host']}:{task['pid']}"),
-            ]
-            for task in pool["running"]
+        for of in pool["names"]
+    ]
+    more = ["oldest", "next try", "wait p50", "wait p95", "run p50", "run p95"]
+    return _table([*heads, *more], rows)
+
+
+def _running(pool: dict[str, Any]) -> str:
+    rows = [
+        [
+            _plain(task["name"]),
+            _seconds(task["seconds"]) + (" (stuck)" if task["stuck"] else ""),
+            _plain(f"{task['host']}:{task['pid']}"),
         ]
-        parts.append(_table(["running now", "for", "process"], rows))
-    if pool["failures"]:
-        rows = [
-            [_plain(failure["name"]), _plain(failure["error"]), _plain(f"{failure['host']}:{failure['pid']}")]
-            for failure in pool["failures"][:5]
+        for task in pool["running"]
+    ]
+    return _table(["running now", "for", "process"], rows)
+
+
+def _failures(pool: dict[str, Any], at: float) -> str:
+    rows = [
+        [
+            _plain(of["name"]),
+            f"x {of['times']}",
+            _clock(of["at"]),
+            _ago(at, of["at"]),
+            _plain(f"{of['error']}: {of['message']}" if of["message"] else of["error"]),
+            _plain(f"{of['host']}:{of['pid']}"),
         ]
-        parts.append(_table(["last failures", "error", "process"], rows))
-    if pool["drops"]:
-        rows = [
-            [
-                _plain(drop["name"]),
-                drop["reason"],
-                "-" if drop["count"] is None else str(drop["count"]),
-                "earlier" if drop["at"] is None else f"{_seconds(max(0.0, at - drop['at']))} ago",
-                _plain(f"{drop['host']}:{drop['pid']}"),
-            ]
-            for drop in pool["drops"][:5]
+        for of in pool["failures"][:FEW]
+    ]
+    return _table(["last failures", "times", "last at", "", "error", "process"], rows)
+
+
+def _drops(pool: dict[str, Any], at: float) -> str:
+    rows = [
+        [
+            _plain(drop["name"]),
+            drop["reason"],
+            "-" if drop["count"] is None else str(drop["count"]),
+            "earlier" if drop["at"] is None else _ago(at, drop["at"]),
+            _plain(f"{drop['host']}:{drop['pid']}"),
         ]
-        parts.append(_table(["last drops", "why", "how many", "last", "process"], rows))
-    return parts
+        for drop in pool["drops"][:FEW]
+    ]
+    return _table(["last drops", "why", "how many", "last", "process"], rows)
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
+    """Return a table; "" without rows."""
+    if not rows:
+        return ""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
@@ -189,6 +274,14 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 def _plain(text: str) -> str:
     """Return `text` without what a terminal would obey."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _clock(at: float) -> str:
+    return timezone.localtime(datetime.fromtimestamp(at, UTC)).strftime("%H:%M:%S")
+
+
+def _ago(now: float, at: float) -> str:
+    return f"{_seconds(max(0.0, now - at))} ago"
 
 
 def _seconds(seconds: float | None) -> str:

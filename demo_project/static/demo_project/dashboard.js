@@ -3,7 +3,7 @@
 const WINDOW = 60; // seconds on the chart
 const LOWEST = 1, HIGHEST = 20000; // ms on the chart
 const EVERY = 400; // ms between two questions
-const NAMES = ["idle", "thread", "executor", "bgtasks"];
+const NAMES = ["idle", "thread", "executor", "executor-8", "bgtasks", "fresh", "stale"];
 
 const script = document.getElementById("dashboard-script");
 const byId = (id) => document.getElementById(id);
@@ -55,6 +55,7 @@ function showFigures(live) {
   write("raised", raised, raised > 0);
   write("succeeded", live.tasks.succeeded);
   write("dropped", live.tasks.dropped, live.tasks.dropped > 0);
+  write("shed", live.tasks.shed);
   write("threads", live.threads, live.threads > 100);
 
   if (live.pool) {
@@ -78,23 +79,23 @@ function showResults() {
     if (!box) continue;
     const over = burst.ended !== null;
     const settled = over && now() - burst.ended > 11; // every visit of the burst has its answer, or its timeout
-    const state = `${burst.key} ${over} ${settled} ${over ? burst.requests.requests : burst.done}`;
+    const state = `${burst.key} ${over} ${settled} ${over ? burst.requests.requests : burst.done + burst.shed}`;
     if (box.dataset.state === state) continue;
     box.dataset.state = state;
     box.setAttribute("aria-busy", String(!over)); // announced when it is over, not at every step
     const seconds = ((burst.ended ?? now()) - burst.started).toFixed(1);
     const { p50, p99, max, failed } = burst.requests;
     const lost = burst.raised + burst.refused;
-    const figures = [
-      ["request p50", ms(p50), false],
-      ["request p99", ms(p99), p99 > 1000],
-      ["slowest", ms(max), max > 1000],
-      ["requests failed", failed, failed > 0],
-      ["mails sent", burst.done, false],
-      ["mails lost", lost, lost > 0],
-    ];
+    const sent = ["mails sent", burst.done, false];
+    const missing = ["mails lost", lost, lost > 0];
+    const slow = ["request p99", ms(p99), p99 > 1000];
+    const failures = ["requests failed", failed, failed > 0];
+    const age = burst.oldest === null ? "–" : `${burst.oldest.toFixed(1)} s`;
+    const figures = ["fresh", "stale"].includes(burst.how)
+      ? [sent, ["mails too old", burst.shed, false], ["oldest sent", age, burst.oldest > 1.5 * script.dataset.fresh], slow, failures, missing]
+      : [["request p50", ms(p50), false], slow, ["slowest", ms(max), max > 1000], failures, sent, missing];
     const text = document.createElement("p");
-    text.textContent = over ? `${burst.asked} at once, worked off in ${seconds} s` : `${burst.asked} at once, ${burst.done + lost} done …`;
+    text.textContent = over ? `${burst.asked} at once, finished after ${seconds} s` : `${burst.asked} at once, ${burst.done + lost + burst.shed} done …`;
     const list = document.createElement("dl");
     for (const [term, value, bad] of figures) {
       const pair = document.createElement("div");
@@ -222,12 +223,13 @@ async function ask() {
   setTimeout(ask, EVERY);
 }
 
-for (const form of document.querySelectorAll(".mean form")) {
+for (const form of document.querySelectorAll("main form")) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const box = form.parentElement.querySelector(".result");
+    const data = new FormData(form, event.submitter);
+    const box = document.querySelector(`.mean[data-how="${data.get("how")}"] .result`);
     try {
-      const response = await fetch(form.action, { method: "POST", body: new FormData(form, event.submitter) });
+      const response = await fetch(form.action, { method: "POST", body: data });
       if (!response.ok) throw new Error(`${response.status} ${response.statusText}`);
     } catch (error) {
       box.dataset.state = "";

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,15 @@ from typing import Any
 
 from django.utils.autoreload import DJANGO_AUTORELOAD_ENV
 
+from bgtasks.core.log import log
+
 # Packages whose code calls that of the project while it loads it.
 SERVERS = ("gunicorn", "uvicorn", "hypercorn", "daphne", "granian", "waitress")
+
+TOO_SHORT = (
+    "SHUTDOWN_TIMEOUT is %g s, and %s comes after %g s: the tasks that are left then are cut off; "
+    "SHUTDOWN_TIMEOUT has to be the shorter one"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,13 @@ class ServerFacts:
     max_requests: int = 0
     enable_threads: bool = True
     die_on_term: bool = False
+
+    def limits(self) -> dict[str, float]:
+        """Return after how many seconds gunicorn ends a worker that still runs tasks, by its options."""
+        limits = {"gunicorn's --graceful-timeout": self.graceful_timeout}
+        if self.max_requests:
+            limits["gunicorn's --timeout, when a worker is replaced at its --max-requests,"] = self.timeout
+        return {option: limit for option, limit in limits.items() if limit is not None}
 
 
 def server_facts() -> ServerFacts:
@@ -62,6 +77,18 @@ def server_facts() -> ServerFacts:
     return _gunicorn() if _package(outermost) == "gunicorn" else ServerFacts(_package(outermost))
 
 
+def warn_of_limits(shutdown_timeout: float) -> None:
+    """Warn if the server that is just loading this project ends it before so many seconds are over."""
+    try:
+        limits = server_facts().limits()
+    except Exception as error:  # another version of gunicorn
+        log(logging.WARNING, "the settings of gunicorn cannot be read", error=error)
+        return
+    for option, limit in limits.items():
+        if shutdown_timeout >= limit:
+            log(logging.WARNING, TOO_SHORT, shutdown_timeout, option, limit)
+
+
 def only_reloads() -> bool:
     """Tell whether this is the process of runserver that only starts the one that serves, again and again."""
     return (
@@ -75,6 +102,8 @@ def _gunicorn() -> ServerFacts:
     """Return gunicorn's settings. It loads the project in a method of an object that holds them."""
     for frame in _frames():
         config = getattr(frame.f_locals.get("self"), "cfg", None)
+        if frame.f_code.co_name == "load_config":
+            break  # it is just reading them: its configuration file loads the project
         if _package(frame) == "gunicorn" and config is not None:
             return ServerFacts(
                 "gunicorn",
