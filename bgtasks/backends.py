@@ -28,7 +28,6 @@ from django.db import DEFAULT_DB_ALIAS, connections, transaction
 from bgtasks import conf
 from bgtasks import context as task_context
 from bgtasks.core.figures import Outcome
-from bgtasks.core.log import encodable
 from bgtasks.core.policy import Options
 from bgtasks.core.task import Task as QueuedTask
 from bgtasks.django_tasks import seconds_until
@@ -36,6 +35,7 @@ from bgtasks.pool import Pool
 from bgtasks.pools import pools
 from bgtasks.spawning import check_options
 from bgtasks.submission import OnCommit
+from bgtasks.text import encodable
 
 if django.VERSION < (6, 0):
     raise ImportError(

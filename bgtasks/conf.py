@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeGuard
 
 from django.conf import settings
 
-from bgtasks.core.log import encodable
 from bgtasks.exceptions import InvalidSettings
+from bgtasks.text import encodable
 
 OVERFLOW, ALWAYS = "overflow", "always"  # HANDOFF_WHEN
 POOL, INLINE = "pool", "inline"  # MODE

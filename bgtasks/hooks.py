@@ -23,13 +23,14 @@ from bgtasks import context as task_context
 from bgtasks import database, propagators, shortcuts, tracing
 from bgtasks.clock import monotonic
 from bgtasks.core.figures import DropReason, Outcome, ShedReason
-from bgtasks.core.log import enabled, encodable, escaped, log
+from bgtasks.core.log import enabled, log
 from bgtasks.core.policy import NO_POLICY
 from bgtasks.core.task import Hooks, Task
 from bgtasks.exceptions import TaskDropped
 from bgtasks.recent import MESSAGE_MAX, Failure, Recent
 from bgtasks.repeats import repeats, report
 from bgtasks.signals import task_dropped, task_finished, task_shed, task_spawned, task_started
+from bgtasks.text import encodable, escaped
 
 P = ParamSpec("P")
 T = TypeVar("T")

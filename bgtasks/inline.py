@@ -36,7 +36,7 @@ def run(queue: TaskQueue, hooks: Hooks, task: Task) -> None:
 
 def _try(hooks: Hooks, task: Task) -> bool:
     """Run `task`; False if it has failed and is to be tried again, which happens at once."""
-    task.begin(monotonic())
+    task.started_at, task.stop_reason = monotonic(), None
     try:
         _run(hooks, task)
     except BaseException as error:

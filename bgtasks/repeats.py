@@ -17,7 +17,8 @@ from math import inf
 
 from bgtasks.clock import monotonic
 from bgtasks.core.lock import free, new_lock
-from bgtasks.core.log import escaped, log
+from bgtasks.core.log import log
+from bgtasks.text import escaped
 
 INTERVAL = 60.0  # seconds between two records of one kind
 KINDS_MAX = 1000  # kinds of one sort that are kept separate; all further ones share one record

@@ -15,8 +15,8 @@ from django.core import mail
 
 from bgtasks import context, django_tasks
 from bgtasks.clock import monotonic
-from bgtasks.core.log import encodable
 from bgtasks.core.task import Task, as_coroutine
+from bgtasks.text import encodable
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _COROUTINE = inspect.CO_COROUTINE

@@ -23,7 +23,6 @@ from django.test.utils import TestContextDecorator
 
 from bgtasks import hints
 from bgtasks.clock import monotonic
-from bgtasks.core.log import counts_of
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
@@ -32,6 +31,7 @@ from bgtasks.monitoring.snapshot import stack_of
 from bgtasks.pool import Diverted, Pool, run_inline
 from bgtasks.pools import pools
 from bgtasks.signals import task_finished
+from bgtasks.text import counts_of
 
 __all__ = ["Call", "Captured", "Drained", "FailedTask", "captured", "drained", "inline"]
 

@@ -1,12 +1,13 @@
 """The tables of the documentation are those of the code."""
 
 import re
+import tomllib
 from dataclasses import fields
 from inspect import getdoc, signature
 from pathlib import Path
 
 import bgtasks
-from bgtasks import PoolStats, conf, signals
+from bgtasks import PoolStats, conf, core, signals
 from bgtasks.core.figures import Outcome
 from bgtasks.mail import MailConfig
 from tests.snippets import ROOT, blocks
@@ -47,6 +48,20 @@ def test_every_check_has_its_row() -> None:
     source = "".join(path.read_text() for path in Path(conf.__file__).parent.rglob("*.py"))
 
     assert set(first_column("checks.md")) == set(re.findall(r'"(bgtasks\.[EW]\d{3})"', source))
+
+
+def test_every_module_has_its_layer() -> None:
+    """The page of the design shows the layers that import-linter holds, and every module of the core."""
+    design = (ROOT / "docs" / "design.md").read_text()
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    [layers] = [each["layers"] for each in contracts if each["type"] == "layers"]
+    lines = design.split("## Modules and layers")[1].split("```")[1].splitlines()
+    shown = " ".join(line[4:96] for line in lines[1:]).replace("/", "").split()
+
+    assert sorted(shown) == sorted(re.findall(r"\w+", " ".join(layers)))
+    assert {path.stem for path in Path(core.__file__).parent.glob("*.py")} - {"__init__"} <= set(
+        first_column("design.md")
+    )
 
 
 def test_every_signal_and_figure_has_its_row() -> None:

@@ -30,10 +30,10 @@ import bgtasks
 from bgtasks import tracing
 from bgtasks.clock import monotonic
 from bgtasks.core.figures import EXPORTED, Outcome
-from bgtasks.core.log import encodable
 from bgtasks.core.task import Task
 from bgtasks.hooks import message_of, traceback_text
 from bgtasks.pools import pools
+from bgtasks.text import encodable
 
 SYSTEM = "bgtasks"
 

@@ -81,11 +81,6 @@ class Loop:
         if deaf is not None:
             self._left[deaf] = asyncio.all_tasks(deaf)
 
-    def is_alive(self) -> bool:
-        """Tell whether the loop has its thread."""
-        thread = self.thread
-        return thread is not None and thread.is_alive()
-
     def call_soon(self, callback: Callable[..., object], *args: Any) -> bool:
         """Have `callback` called on the loop; False if the loop is not there."""
         loop = self.running

@@ -31,8 +31,6 @@ T = TypeVar("T")
 
 CLAIM_PATIENCE = 1.0  # seconds for the loop to claim; then a thread does, and has the loop looked after
 
-_started_at = attrgetter("started_at")
-
 
 class TaskQueue(Waiting):
     """What waits in a pool, and the places of its slots."""
@@ -181,8 +179,7 @@ class TaskQueue(Waiting):
         return following
 
     def _next(self, slot: SlotState, now: float) -> Task | None:
-        index = self._ready(now)
-        if index is not None:
+        if (index := self._ready(now)) is not None:
             return self._give(slot, now, index)
         self._go_idle(slot)
         return None
@@ -240,7 +237,7 @@ class TaskQueue(Waiting):
         """Leave coroutines waiting, also those that the loop has not begun, until it answers; or no more."""
         self.loop_blocked = blocked
         lent = {slot.task: slot for slot in self.slots if slot.place is Place.LENT and slot.context is None}
-        for task in sorted(set(self.running()).intersection(lent), key=_started_at, reverse=True):
+        for task in sorted({*self.running()}.intersection(lent), key=attrgetter("started_at"), reverse=True):
             if blocked and self.queued < self.capacity:
                 self._take_back(lent[task], task)
 

@@ -12,10 +12,11 @@ from functools import partial
 from bgtasks.clock import monotonic
 from bgtasks.core.drainer import STOP_PATIENCE, Drainer, join
 from bgtasks.core.figures import Outcome
-from bgtasks.core.log import counts_of, log
+from bgtasks.core.log import log
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task, current_task
+from bgtasks.text import counts_of
 
 START_PATIENCE = 0.1  # seconds for threads to be started, before a shutdown checks whether they can be
 

@@ -95,10 +95,8 @@ class Slot(SlotState):
         """End the task that the loop runs, as failed. Called while the loop does nothing, and never will."""
         task = self.task
         if task is not None and self.place is Place.LOOP:
-            self._ended = (
-                Outcome.FAILED,
-                RuntimeError("the drainer's loop could not be woken, and was replaced"),
-            )
+            error = RuntimeError("the drainer's loop could not be woken, and was replaced")
+            self._ended = Outcome.FAILED, error
             self._return_to_thread(task)
 
     # On the slot's thread.

@@ -69,12 +69,6 @@ class Task:
         self.life = Life.WAITING
         self.outcome: Outcome | None = None  # written once, as the task is counted
 
-    def begin(self, now: float) -> None:
-        """Start at `now` (monotonic seconds). It calls nothing, so that it can be a part of a step."""
-        self.started_at = now
-        self.verdict = self.runner = self.stop_reason = None
-        self.watched = self.overran = False
-
     def times(self, now: float) -> tuple[float, int, float, int]:
         """Return the seconds that the task waited, and has run until `now`, each with its bucket."""
         waited, ran = self.started_at - self.spawned_at, now - self.started_at

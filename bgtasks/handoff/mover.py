@@ -22,13 +22,14 @@ from weakref import WeakSet
 from bgtasks.clock import monotonic
 from bgtasks.context import fill
 from bgtasks.core.figures import Outcome
-from bgtasks.core.log import enabled, escaped, log
+from bgtasks.core.log import enabled, log
 from bgtasks.core.loop import Loop
 from bgtasks.core.places import State
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.task import Hooks, Task
 from bgtasks.handoff.engine import Engine, Fate, Parcel
 from bgtasks.repeats import repeats
+from bgtasks.text import escaped
 
 HIGH = 0.75  # of CAPACITY: with so many queued tasks a pool overflows ...
 LOW = 0.5  # ... and tasks are moved until only so many are left

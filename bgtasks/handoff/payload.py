@@ -29,10 +29,10 @@ from django.utils.module_loading import import_string
 
 from bgtasks import propagators
 from bgtasks.context import Captured, fill
-from bgtasks.core.log import escaped
 from bgtasks.core.task import Task, as_coroutine
 from bgtasks.django_tasks import call_with_context, is_task
 from bgtasks.exceptions import PayloadError
+from bgtasks.text import escaped
 
 SALT = "bgtasks.handoff"
 MAX_AGE = timedelta(days=7)  # of a payload: it is not run if the engine takes longer

@@ -21,12 +21,13 @@ from django.conf import settings
 from bgtasks import conf
 from bgtasks.core.drainer import STOP_PATIENCE
 from bgtasks.core.figures import OTHERS, RUNNING, UNFINISHED, new_counts
-from bgtasks.core.log import escaped, log
+from bgtasks.core.log import log
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.monitoring import journal_file
 from bgtasks.monitoring.journal_file import JournalFile, Loss, described
 from bgtasks.monitoring.thread import MonitorThread
+from bgtasks.text import escaped
 
 LOOK_INTERVAL = 1.0  # seconds between two looks
 COUNTED_MAX = 1000  # names of lost tasks that are counted separately; others count as OTHERS

@@ -30,7 +30,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from bgtasks.core.figures import NAMES_MAX, Counts, new_counts
-from bgtasks.core.log import NAME_LENGTH
+from bgtasks.text import NAME_LENGTH
 
 HAS_LOCKS = find_spec("fcntl") is not None  # not on Windows
 

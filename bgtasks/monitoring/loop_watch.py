@@ -15,12 +15,13 @@ from types import FrameType
 
 from bgtasks.clock import monotonic
 from bgtasks.core.drainer import Drainer
-from bgtasks.core.log import indented, log
+from bgtasks.core.log import log
 from bgtasks.core.loop import Loop
 from bgtasks.core.slot import Slot
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
 from bgtasks.monitoring.thread import MonitorThread
+from bgtasks.text import indented
 
 LOOK_INTERVAL = 0.25  # seconds between two looks
 PATIENCE = 1.0  # seconds that the loop may take to answer

@@ -127,8 +127,8 @@ def drainer_state(drainer: Drainer) -> str:
         return "stopped"
     if drainer.loop.blocked:
         return "blocked"
-    # With gevent there is no loop.
-    return "dead" if drainer.loop.thread is not None and not drainer.loop.is_alive() else "running"
+    thread = drainer.loop.thread  # None with gevent, which has no loop
+    return "dead" if thread is not None and not thread.is_alive() else "running"
 
 
 def _pool(slots: Slots, pools: int) -> Json:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context
 
 from bgtasks.clock import monotonic
-from bgtasks.core.log import indented, log
+from bgtasks.core.log import log
 from bgtasks.core.slot import Slot
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Life, Task, current
 from bgtasks.monitoring.thread import MonitorThread
+from bgtasks.text import indented
 
 OVERRUN = "task %r of pool %r runs for longer than %g s and holds slot %r at:\n%s"
 

@@ -13,11 +13,12 @@ import pytest
 
 import bgtasks
 from bgtasks.core.figures import DropReason
-from bgtasks.core.log import counts_of, indented, log, logger
+from bgtasks.core.log import log, logger
 from bgtasks.core.queue import TaskQueue
 from bgtasks.drops import warn
 from bgtasks.monitoring.watchdog import Watchdog
 from bgtasks.repeats import repeats
+from bgtasks.text import counts_of, indented
 from tests.gate import BOUND, Gate
 from tests.pool import Core, Logs, Raising, exit_
 

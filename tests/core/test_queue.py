@@ -1034,7 +1034,7 @@ STEPS: dict[str, Callable[[Scene], object]] = {
 def count_inline(scene: Scene) -> None:
     """Count a task that runs in the code that spawns it."""
     task = scene.new()
-    task.begin(monotonic())
+    task.started_at = monotonic()
     scene.queue.count_inline(task, Outcome.SUCCEEDED)
 
 
@@ -1340,7 +1340,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def run_inline(self) -> None:
         task = make_task()
-        task.begin(monotonic())
+        task.started_at = monotonic()
         self.spawned += 1
         self.ended[Outcome.FAILED] += 1
 
