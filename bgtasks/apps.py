@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from functools import partial
@@ -25,12 +26,16 @@ from bgtasks.checks import (
     check_lifespan,
     check_logging,
     check_mail,
+    check_names,
     check_settings,
     check_sqlite,
 )
+from bgtasks.core.log import log
 from bgtasks.pools import pools
 from bgtasks.rehearsal import ENVIRONMENT
 from bgtasks.submission import Development
+
+MISTAKE = "every spawn raises InvalidSettings until this is mended: %s %s (%s)"
 
 
 class BgtasksConfig(AppConfig):
@@ -40,10 +45,7 @@ class BgtasksConfig(AppConfig):
     verbose_name = "Background tasks"
 
     def ready(self) -> None:
-        """Register the checks, and start the pools unless the settings have a mistake.
-
-        A mistake is left to ``manage.py check``, which can show it with its hint, and to the first spawn.
-        """
+        """Register the checks, and start the pools, unless the settings have a mistake, which is logged."""
         register(check_settings)
         register(check_database_pools)  # not Tags.database: it opens no connection, and has to run always
         register(check_handoff)
@@ -51,6 +53,7 @@ class BgtasksConfig(AppConfig):
         register(check_journal)
         register(check_logging)
         register(check_mail)
+        register(check_names)
         register(check_sqlite)
         register(check_inline, deploy=True)
         register(check_lifespan, deploy=True)
@@ -60,7 +63,10 @@ class BgtasksConfig(AppConfig):
         Development.configure()
         setting_changed.connect(_on_setting_changed, dispatch_uid="bgtasks")
         connection_created.connect(_on_connection_created, dispatch_uid="bgtasks")
-        if not any(conf.problems(conf.configured())):
+        mistakes = list(conf.problems(conf.configured()))
+        for mistake in mistakes:  # a server runs no checks
+            log(logging.ERROR, MISTAKE, mistake.message, mistake.hint, mistake.id)
+        if not mistakes:
             pools.start()
             if "gunicorn" in sys.modules:
                 from bgtasks.servers import warn_of_limits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any, cast
 from warnings import catch_warnings
@@ -27,6 +29,8 @@ NO_ENGINES = {
     "django.tasks.backends.dummy.DummyBackend": "runs nothing",
 }
 
+NAMES = ["BGTASKS", "BGTASKS_JOURNAL", "BGTASKS_MAIL", "BGTASKS_PROPAGATORS", "BGTASKS_SNAPSHOT"]
+
 PSYCOPG_POOL_SIZE = 4  # of psycopg_pool when neither min_size nor max_size is given
 
 
@@ -48,7 +52,7 @@ def check_settings(**_kwargs: Any) -> list[checks.CheckMessage]:
 
 
 def check_mail(**_kwargs: Any) -> list[checks.CheckMessage]:
-    """Report mistakes in how mails are sent (bgtasks.E060 to E064), and no time-out (bgtasks.W060)."""
+    """Report mistakes in how mails are sent (bgtasks.E060 to E064, W061), and no time-out (W060)."""
     options, mailers = getattr(settings, "BGTASKS_MAIL", None), getattr(settings, "MAILERS", None)
     is_used = options is not None or mailers is not None or settings.is_overridden("EMAIL_BACKEND")
     if not is_used or any(conf.problems(conf.configured())):
@@ -62,8 +66,10 @@ def check_mail(**_kwargs: Any) -> list[checks.CheckMessage]:
             *mail.mailers_problems(mailers),
         )
     ]
+    if errors:
+        return errors
     with catch_warnings(action="ignore"):  # of Django 6.1, about EMAIL_BACKEND
-        return errors or [
+        found: list[checks.CheckMessage] = [
             checks.Warning(
                 "bgtasks.mail.EmailBackend delivers by SMTP without a time-out.",
                 hint=f"Set {where} to some seconds. A mail server that accepts a connection but never "
@@ -72,6 +78,16 @@ def check_mail(**_kwargs: Any) -> list[checks.CheckMessage]:
             )
             for where in mail.without_timeout()
         ]
+    if options is not None and mailers is not None:
+        found.append(
+            checks.Warning(
+                "BGTASKS_MAIL does not apply to the mailers in MAILERS.",
+                hint='Write its options into the "OPTIONS" of the mailer whose "BACKEND" is '
+                '"bgtasks.mail.EmailBackend", and remove it.',
+                id="bgtasks.W061",
+            )
+        )
+    return found
 
 
 def check_handoff(**_kwargs: Any) -> list[checks.CheckMessage]:
@@ -206,7 +222,7 @@ def check_journal(**_kwargs: Any) -> list[checks.CheckMessage]:
         message, ending = "The journal needs file locks of Python's fcntl.", "Set it to None."
         return [checks.Warning(message, hint=hint + ending, id="bgtasks.W072")]
     if not folder.is_dir():
-        message, ending = f"{where} is {str(folder)!r}, which is no folder.", "Create it."
+        message, ending = f"{where} is {str(folder)!r}, which is not a folder.", "Create it."
         return [checks.Warning(message, hint=hint + ending, id="bgtasks.W070")]
     if not os.access(folder, os.W_OK | os.X_OK):
         message = f"{where} is {str(folder)!r}, in which this process may not write."
@@ -255,6 +271,19 @@ def check_inline(**_kwargs: Any) -> list[checks.CheckMessage]:
         )
         for name in conf.pool_names()
         if (config := conf.pool_config(name)) and config.mode == conf.INLINE
+    ]
+
+
+def check_names(**_kwargs: Any) -> list[checks.CheckMessage]:
+    """Warn of a setting whose name is nearly one of ours (bgtasks.W007)."""
+    near = [name for name in dir(settings) if re.match("BG_?TASK", name) and name not in NAMES]
+    return [
+        checks.Warning(
+            f"The setting {name} is not one of bgtasks, and has no effect.",
+            hint=f"Did you mean {difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]}?",
+            id="bgtasks.W007",
+        )
+        for name in near
     ]
 
 

@@ -18,6 +18,7 @@ DROP_NEWEST, DROP_OLDEST = "drop_newest", "drop_oldest"  # ON_FULL
 
 DEFAULT_POOL = "default"  # exists even if BGTASKS does not mention it
 SNAPSHOT_INTERVAL_MIN = 0.1  # seconds
+SHUTDOWN_TIMEOUT_MIN = 1  # seconds
 
 
 class PoolOptions(TypedDict, total=False):
@@ -49,7 +50,7 @@ class PoolConfig(NamedTuple):
         shutdown_timeout: Seconds that accepted tasks have to finish when the process shuts down.
         expires: Seconds that a task may wait before it is too old to run.
         on_full: ``"drop_newest"``, or ``"drop_oldest"`` to give up the oldest waiting task for a new one.
-        retries: How often a task that has failed is tried again.
+        retries: How many times a failed task is retried.
         retry_delay: Seconds before the first of these tries, doubled with each.
         handoff_to: The alias in TASKS of the engine that waiting tasks are moved to.
         handoff_when: ``"overflow"``, when the queue is nearly full and at shutdown, or ``"always"``.
@@ -183,7 +184,7 @@ def problems(pools: Any) -> Iterator[Problem]:
         if not isinstance(name, str) or not name or encodable(name) != name:
             yield Problem(
                 "bgtasks.E002",
-                f"BGTASKS has the pool name {name!r}, which is no non-empty Unicode string.",
+                f"BGTASKS has the pool name {name!r}, which is not a non-empty Unicode string.",
                 'Name the pool by a string, such as "email".',
             )
         elif not _is_mapping(options):
@@ -323,9 +324,9 @@ _OPTIONS = {
     ),
     "SHUTDOWN_TIMEOUT": _Option(
         "a number of seconds",
-        "SHUTDOWN_TIMEOUT is in seconds: 1 or more, 8 by default.",
+        f"SHUTDOWN_TIMEOUT is in seconds: {SHUTDOWN_TIMEOUT_MIN} or more, 8 by default.",
         (int, float),
-        1,
+        SHUTDOWN_TIMEOUT_MIN,
     ),
     "EXPIRES": _Option(
         "a number of seconds or None",
@@ -341,7 +342,7 @@ _OPTIONS = {
     ),
     "RETRIES": _Option(
         "a whole number",
-        "RETRIES is how often a task that has failed is tried again: 0 by default.",
+        "RETRIES is how many times a failed task is retried: 0 by default.",
         (int,),
         0,
     ),

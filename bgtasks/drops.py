@@ -30,7 +30,7 @@ def why(queue: TaskQueue, reason: DropReason | ShedReason) -> str:
         else f"pool {queue.pool!r} cannot start a thread",
         DropReason.NO_LOOP: NO_LOOP,
         DropReason.PROPAGATOR: "a propagator could not capture its value",
-        ShedReason.EXPIRED: f"it waited in pool {queue.pool!r} for longer than it may",
+        ShedReason.EXPIRED: f"it expired while it waited in pool {queue.pool!r}",
         ShedReason.DISPLACED: f"pool {queue.pool!r} is full (capacity {queue.capacity}); a newer task came",
     }[reason]
 

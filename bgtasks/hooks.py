@@ -24,7 +24,7 @@ from bgtasks import database, propagators, shortcuts, tracing
 from bgtasks.clock import monotonic
 from bgtasks.core.figures import DropReason, Outcome, ShedReason
 from bgtasks.core.log import enabled, log
-from bgtasks.core.policy import NO_POLICY
+from bgtasks.core.policy import NO_POLICY, Options
 from bgtasks.core.task import Hooks, Task
 from bgtasks.exceptions import TaskDropped
 from bgtasks.recent import MESSAGE_MAX, Failure, Recent
@@ -232,14 +232,15 @@ class DjangoHooks(Hooks):
     ) -> None:
         """Log that `task` has failed and waits for another try, or why it does not, but not too often."""
         kind = "" if error is None else escaped(type(error).__name__)
+        what = f"{kind}: {escaped(message_of(error))}" if error is not None and message_of(error) else kind
         if refusal is None:
-            message = "try %d of task %r of pool %r has failed (%s); it is tried again in %.1f s"
-            args: tuple[object, ...] = (tries, task.name, self._name, kind, delay)
+            message = "try %d of task %r of pool %r failed (%s); retrying in %.1f s"
+            args: tuple[object, ...] = (tries, task.name, self._name, what, delay)
             more = "a try of task %r of pool %r failed again (%d more): %s"
         else:
-            message = "task %r of pool %r has failed (%s), and is not tried again: %s"
-            args = (task.name, self._name, kind, refusal)
-            more = "task %r of pool %r failed again (%d more), and is not tried again: %s"
+            message = "task %r of pool %r failed (%s), and is not retried: %s"
+            args = (task.name, self._name, what, refusal)
+            more = "task %r of pool %r failed again (%d more), and is not retried: %s"
         sort = "retried" if refusal is None else "not retried"
         again = partial(_log_more, logging.WARNING, more, self._name, (kind,))
         is_first = repeats.is_first((sort, task.name, self._name, kind), again)
@@ -327,5 +328,14 @@ def _hint(error: BaseException, task: Task) -> str:
     if type(error) is TypeError and place_of(error).rpartition(":")[0] == Task.call.__code__.co_filename:
         function: Any = task.function
         name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
-        return f" ({escaped(name)} cannot be called with the arguments of the spawn)"
+        option = misplaced_option(message_of(error))
+        return f" ({escaped(name)} cannot be called with the arguments of the spawn{option})"
+    return ""
+
+
+def misplaced_option(problem: str) -> str:
+    """Return where an option belongs that, as Python's `problem` says, is no argument of the task; or ""."""
+    for option in Options._fields:
+        if problem.endswith(f"unexpected keyword argument {option!r}"):
+            return f"; an option is given by bgtasks.using({option}=...).spawn(...)"
     return ""

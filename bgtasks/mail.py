@@ -50,7 +50,7 @@ class MailConfig(NamedTuple):
     Attributes:
         backend: The path of the mail backend that delivers. Under MAILERS, the option ``mailer`` names it.
         pool: The pool whose tasks deliver.
-        retries: How often delivery is tried again if the mail server could not accept a message.
+        retries: How many times delivery is retried if the mail server could not accept a message.
         retry_delay: Seconds before the first of these tries, doubled with each, up to 60.
     """
 
@@ -209,7 +209,8 @@ def deliver(
             connection.send_messages([twin])
     except Exception as error:
         if is_temporary(error):
-            raise TemporaryMailError(f"the mail could not be delivered: {type(error).__name__}") from error
+            reason = "".join(traceback.format_exception_only(error)).strip()
+            raise TemporaryMailError(f"the mail could not be delivered: {reason}") from error
         raise
     finally:
         # Either the server has the message, which must not be sent again, or we know the error that matters.
@@ -350,7 +351,7 @@ def _option_problems(where: str, options: Mapping[str, Any], known: list[str]) -
 
 HINTS = {
     "backend": "BACKEND is the backend that delivers: Django's for SMTP by default.",
-    "retries": "RETRIES is how often a mail that the server could not take is tried again: 10 by default.",
+    "retries": "RETRIES is how many times a mail that the server could not take is retried: 10 by default.",
     "retry_delay": "RETRY_DELAY is in seconds: 1.0 by default.",
     "fail_silently": "fail_silently is True or False, the default.",
 }

@@ -85,7 +85,7 @@ class Pool(Waitable, Spawning):
         Args:
             expires: Seconds that a task may wait, above 0; one that is older is not run.
             key: If a task of the same name and key waits, the new one takes its place in the queue.
-            retries: How often a failed task is tried again, 0 or more.
+            retries: How many times a failed task is retried, 0 or more.
             retry_delay: Seconds before the first of these tries, 0 or more; doubled with each, up to 60. Each
                 delay is up to a quarter longer or shorter, at random.
             retry_on: Exception classes after which a task is tried again: ``Exception`` by default. A

@@ -24,7 +24,7 @@ from bgtasks.monitoring.watchdog import Watchdog
 from bgtasks.pool import Diverted, Pool
 from bgtasks.process import ProcessHooks, is_command, may_have_threads
 from bgtasks.repeats import repeats
-from bgtasks.waiting import Waitable
+from bgtasks.waiting import Waitable, check_timeout
 
 
 class Pools(Waitable, Mapping[str, Pool]):
@@ -114,8 +114,10 @@ class Pools(Waitable, Mapping[str, Pool]):
             True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
 
         Raises:
+            TypeError: `timeout` is not a number. Nothing is shut down.
             RuntimeError: Called on the drainer's event loop. Use ``ashutdown`` there.
         """
+        check_timeout(timeout)
         self.refuse_on_loop()
         self.drainer.accepting = False
         parts = self.parts()
@@ -145,8 +147,10 @@ class Pools(Waitable, Mapping[str, Pool]):
             True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
 
         Raises:
+            TypeError: `timeout` is not a number. Nothing is shut down.
             RuntimeError: No thread can be started, and this is the drainer's event loop.
         """
+        check_timeout(timeout)
         self.drainer.accepting = False
         return await super().ashutdown(timeout)
 

@@ -16,6 +16,7 @@ from django.core import mail
 from bgtasks import context, django_tasks
 from bgtasks.clock import monotonic
 from bgtasks.core.task import Task, as_coroutine
+from bgtasks.hooks import misplaced_option
 from bgtasks.text import encodable
 
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -104,7 +105,10 @@ def _check_call(name: str, task: Any, args: tuple[Any, ...], kwargs: dict[str, A
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"task {name!r} cannot be called with these arguments: {error}") from None
+            why = (
+                f"task {name!r} cannot be called with these arguments: {error}{misplaced_option(str(error))}"
+            )
+            raise TypeError(why) from None
 
 
 def _close(task: object) -> None:

@@ -15,14 +15,15 @@ import inspect
 import pprint
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from django.test.utils import TestContextDecorator
 
 from bgtasks import hints
 from bgtasks.clock import monotonic
+from bgtasks.core.policy import NO_POLICY
 from bgtasks.core.queue import TaskQueue
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Task
@@ -35,6 +36,8 @@ from bgtasks.text import counts_of
 
 __all__ = ["Call", "Captured", "Drained", "FailedTask", "captured", "drained", "inline"]
 
+Test = TypeVar("Test", bound=Callable[..., Any])
+
 DRAIN_TIMEOUT = 10.0  # seconds
 
 
@@ -44,6 +47,15 @@ class _Tool(TestContextDecorator):
     def __init__(self, *, attr_name: str | None = None, kwarg_name: str | None = None) -> None:
         super().__init__(attr_name=attr_name, kwarg_name=kwarg_name)
         self._before: list[Diverted | None] = []  # a stack: a decorated test may call itself, or another
+
+    def decorate_callable(self, func: Test) -> Test:
+        """Decorate a test function. pytest would take an argument that it is passed here for a fixture."""
+        decorated: Any = super().decorate_callable(func)
+        if self.kwarg_name:
+            signature = inspect.signature(func)
+            others = [each for each in signature.parameters.values() if each.name != self.kwarg_name]
+            decorated.__signature__ = signature.replace(parameters=others)
+        return cast(Test, decorated)
 
     def _divert(self, take: Callable[[Pool, Task], bool] | None) -> None:
         self._before.append(pools.divert(Diverted(take)))
@@ -82,6 +94,7 @@ class Call:
         task: What was spawned: a function or a coroutine object. Of a task of ``django.tasks``, its function.
         args: The positional arguments.
         kwargs: The keyword arguments.
+        options: The options of ``using`` that apply, also those of the pool's settings; {} if there are none.
     """
 
     pool: str
@@ -89,6 +102,7 @@ class Call:
     task: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def has(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Tell whether these are its arguments, by position or by keyword."""
@@ -166,7 +180,8 @@ class Captured:
         if isinstance(what, Recorded):
             enqueued, values, kwargs = what.description()
             what, args = enqueued.func, tuple(values)
-        self.calls.append(Call(pool.name, task.name, what, args, kwargs))
+        options = {} if task.policy is NO_POLICY else task.policy.options._asdict()
+        self.calls.append(Call(pool.name, task.name, what, args, kwargs, options))
         self._waiting.append((pool, task))
         return True
 
@@ -355,10 +370,8 @@ def _describe(slots: Slots) -> str:
     queue = slots.queue
     lines: list[str] = []
     for task in queue.running():
-        seconds = monotonic() - task.started_at
-        lines.append(
-            f"task {task.name!r} of pool {queue.pool!r} runs for {seconds:.1f} s, at:\n{_stack(slots, task)}"
-        )
+        what, seconds = f"task {task.name!r} of pool {queue.pool!r}", monotonic() - task.started_at
+        lines.append(f"{what} has been running for {seconds:.1f} s, at:\n{_stack(slots, task)}")
     for name, number in Counter(task.name for task in queue.held()).items():
         lines.append(f"task {name!r} of pool {queue.pool!r} waits, {_times(number)}")
     return "\n".join(lines)

@@ -47,9 +47,11 @@ class Waitable(ABC):
             True once all of them have ended, False if the time ran out before.
 
         Raises:
+            TypeError: `timeout` is not a number.
             RuntimeError: Called inside a task, which would wait for itself, or on the drainer's event loop,
                 which it would block.
         """
+        check_timeout(timeout)
         if self.drainer.is_own_thread():
             raise RuntimeError("drain() would block the drainer's loop; use 'await adrain()'")
         deadline = None if timeout is None else monotonic() + timeout
@@ -77,8 +79,10 @@ class Waitable(ABC):
             True once every task spawned before this call has ended, False if the time ran out before.
 
         Raises:
+            TypeError: `timeout` is not a number.
             RuntimeError: Called inside a task, which would wait for itself.
         """
+        check_timeout(timeout)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
@@ -104,8 +108,10 @@ class Waitable(ABC):
             True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
 
         Raises:
+            TypeError: `timeout` is not a number. Nothing is shut down.
             RuntimeError: Called on the drainer's event loop. Use ``ashutdown`` there.
         """
+        check_timeout(timeout)
         self.refuse_on_loop()
         now = monotonic()
         plan = {
@@ -126,8 +132,10 @@ class Waitable(ABC):
             True if no task was cancelled. Otherwise False, and a warning names the cancelled tasks.
 
         Raises:
+            TypeError: `timeout` is not a number. Nothing is shut down.
             RuntimeError: No thread can be started, and this is the drainer's event loop.
         """
+        check_timeout(timeout)
         for part in self.parts():
             part.slots.queue.close()
         try:
@@ -162,6 +170,12 @@ class Waitable(ABC):
         """Raise RuntimeError on the drainer's loop, which a shutdown would block."""
         if self.drainer.is_own_thread():
             raise RuntimeError("shutdown() would block the drainer's loop; use 'await ashutdown()'")
+
+
+def check_timeout(timeout: object) -> None:
+    """Raise TypeError here for what is not a `timeout`, and nothing has been waited for or closed."""
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
 
 
 def _on_new_thread(call: Callable[[], bool]) -> Future[bool]:

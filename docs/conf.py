@@ -44,5 +44,11 @@ def shorten_types(_app, doctree) -> None:
             text.parent.replace(text, nodes.Text(re.sub(r"~(?:[\w.]+\.)?", "", text)))
 
 
+def download_other_files(_app, _docname, source) -> None:
+    """Make links to Markdown files outside docs/ downloads: they are not pages of the site."""
+    source[0] = re.sub(r"\]\((\.\./[\w/]+\.md)(?:#[\w-]*)?\)", r"](path:\1)", source[0])
+
+
 def setup(app) -> None:
     app.connect("doctree-read", shorten_types)
+    app.connect("source-read", download_other_files)

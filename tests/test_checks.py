@@ -159,7 +159,7 @@ def test_folder_without_a_journal_is_warned_of(
 
     found = [missing, forbidden, without_locks]
     assert [message.id for message in found] == ["bgtasks.W070", "bgtasks.W071", "bgtasks.W072"]
-    assert "which is no folder" in missing.msg
+    assert "which is not a folder" in missing.msg
     assert "may not write" in forbidden.msg
 
 
@@ -367,6 +367,22 @@ def test_application_that_is_not_there_is_not_warned_of(settings: Settings, path
     settings.ASGI_APPLICATION = path
 
     assert deployment_warnings() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("BGTASK", "BGTASKS"), ("BG_TASKS", "BGTASKS"), ("BGTASKS_SNAPSHOTS", "BGTASKS_SNAPSHOT")],
+)
+def test_setting_with_a_name_that_is_nearly_ours_is_warned_of(
+    name: str, meant: str, settings: Settings
+) -> None:
+    """It has no effect, and nothing else would say so."""
+    setattr(settings, name, {})
+
+    (message,) = ours()
+    assert message.id == "bgtasks.W007"
+    assert message.msg == f"The setting {name} is not one of bgtasks, and has no effect."
+    assert message.hint == f"Did you mean {meant}?"
 
 
 # What a deployment should not have (W006), and what would not be seen (W004). SQLite: test_new_projects.py.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from django.core.cache import BaseCache, caches
 from django.core.cache.backends.locmem import LocMemCache
-from django.core.management import call_command
+from django.core.management import CommandError, call_command
 from pytest_django import Settings
 
 from bgtasks.management.commands import bgtasks as command
@@ -226,6 +226,13 @@ def test_pool_without_a_task_has_no_tables(cache: BaseCache, settings: Settings)
 
     assert text.startswith("Pool core")
     assert "running now" not in text
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "soon"])
+def test_watch_needs_a_positive_number_of_seconds(seconds: str, cache: BaseCache) -> None:
+    """0 would draw without a pause."""
+    with pytest.raises(CommandError, match=f"{seconds!r} is not a positive number of seconds"):
+        run(f"--watch={seconds}")
 
 
 def test_watch_prints_until_it_is_interrupted(cache: BaseCache, monkeypatch: pytest.MonkeyPatch) -> None:

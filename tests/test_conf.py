@@ -182,7 +182,7 @@ def test_name_that_is_no_name(name: str) -> None:
     problem = problem_of({name: {}})
 
     assert problem.id == "bgtasks.E002"
-    assert problem.message == f"BGTASKS has the pool name {name!r}, which is no non-empty Unicode string."
+    assert problem.message == f"BGTASKS has the pool name {name!r}, which is not a non-empty Unicode string."
     assert problem.hint == 'Name the pool by a string, such as "email".'
 
 

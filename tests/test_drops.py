@@ -193,7 +193,7 @@ def test_further_drops_are_counted_and_told_at_the_end(queue: TaskQueue, logs: L
 
     assert logs.lines == [
         "task 'send-mail' dropped: pool 'mail' is full (capacity 5)",
-        "task 'send-mail' shed: it waited in pool 'mail' for longer than it may",
+        "task 'send-mail' shed: it expired while it waited in pool 'mail'",
         "task 'resize' dropped: pool 'mail' is full (capacity 5)",
         "task 'send-mail' dropped again (2 more): pool 'mail' is shut down",
     ]

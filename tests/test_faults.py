@@ -308,7 +308,7 @@ def test_clock_that_jumps_changes_no_outcome(monkeypatch: pytest.MonkeyPatch) ->
         core.spawn("times out", agate)
         core.drain()
         core.spawn("overruns", gate)
-        core.logs.wait("'overruns' of pool 'core' runs for longer")
+        core.logs.wait("'overruns' of pool 'core' has been running for more")
         core.spawn("waits", print, end="")
         for _ in range(3):
             core.spawn("dropped", print)
@@ -337,7 +337,7 @@ def test_clock_of_a_machine_that_slept_ends_what_is_due(monkeypatch: pytest.Monk
         assert core.stats().stuck == 1
         gate.open()
         core.drain()
-        assert len(core.logs.of("'overruns' of pool 'core' runs for longer")) == 1
+        assert len(core.logs.of("'overruns' of pool 'core' has been running for more")) == 1
         assert core.stats().succeeded == 1
 
 

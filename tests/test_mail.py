@@ -431,6 +431,9 @@ def test_only_what_may_succeed_later_is_tried_again(
         assert server.connections == tries
         assert (figures.failed, figures.retried) == (1, tries - 1)
         assert any(f"task 'mail' of pool 'default' failed: {kind}" in line for line in caplog.messages)
+        retries = [line for line in caplog.messages if line.startswith("try 1 of task 'mail'")]
+        assert len(retries) == (tries > 1)
+        assert all("Try again later" in line for line in retries)  # not only that there was an error
 
 
 def test_batch_repeats_only_what_was_not_sent(use: Use) -> None:
@@ -667,7 +670,7 @@ def test_mail_that_hangs_is_not_mailed(admins: Callable[[int], None], use: Use, 
         silent.listen()
         use(options={"host": "127.0.0.1", "port": silent.getsockname()[1]}, RETRIES=0)
         send("hello")
-        logs.wait("task 'mail' of pool 'default' runs for longer than 1 s")
+        logs.wait("task 'mail' of pool 'default' has been running for more than 1 s")
         spawned = bgtasks.stats()["default"].spawned
         silent.accept()[0].close()
         stats()
@@ -896,6 +899,20 @@ def test_smtp_without_a_timeout_is_warned_of(
 
     assert [each.id for each in found] == expected
     assert all("Set EMAIL_TIMEOUT to" in hint or "['timeout'] to" in hint for hint in hints(found))
+
+
+@has_mailers
+def test_options_beside_mailers_are_warned_of(settings: Settings) -> None:
+    """With MAILERS, BGTASKS_MAIL is not read."""
+    settings.MAILERS = {
+        "default": {"BACKEND": OURS, "OPTIONS": {"mailer": "out"}},
+        "out": {"BACKEND": LOCMEM},
+    }
+    assert check_mail() == []
+    settings.BGTASKS_MAIL = {"RETRIES": 1}
+
+    (found,) = check_mail()
+    assert (found.id, found.msg) == ("bgtasks.W061", "BGTASKS_MAIL does not apply to the mailers in MAILERS.")
 
 
 def hints(found: list[checks.CheckMessage]) -> list[str]:

@@ -60,6 +60,24 @@ def test_wrong_arguments() -> None:
     assert bgtasks.drain(30)
 
 
+def test_option_among_the_arguments(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Options are given before the call. That is said where the mistake is made, and in the log of a site."""
+    where = "; an option is given by bgtasks.using(expires=...).spawn(...)"
+
+    message = told(TypeError, "send", takes_key, "k", expires=3)
+    assert message.endswith(f"got an unexpected keyword argument 'expires'{where}")
+    monkeypatch.setattr(submission, "_MAIL", {})
+    spawn: Any = bgtasks.spawn  # a type checker would say so first
+    spawn("send", takes_key, "k", expires=3)
+    assert bgtasks.drain(30)
+    assert caplog.messages[0].endswith(f"takes_key cannot be called with the arguments of the spawn{where})")
+
+
+def takes_key(key: str) -> None: ...
+
+
 @functools.wraps(lambda user: None)
 def wrapped() -> None: ...
 
@@ -178,7 +196,7 @@ def test_a_model_instance_under_handoff(caplog: pytest.LogCaptureFixture) -> Non
     [message] = caplog.messages
     assert message == (
         "task 'send-welcome' of pool 'default' cannot be handed off to the engine 'engine', and runs here: "
-        "its arguments hold a model instance, a User; pass its primary key"
+        "its arguments hold an instance of the model User; pass its primary key"
     )
 
 

@@ -1,5 +1,6 @@
 """The public names: spawning from everywhere, pools by name, settings and figures."""
 
+import asyncio
 import dataclasses
 import gc
 import inspect
@@ -505,6 +506,23 @@ def test_handle_of_a_removed_pool_says_so() -> None:
     assert is_closed(coroutine)
 
 
+@pytest.mark.parametrize("timeout", ["3", True, (1,)])
+@pytest.mark.parametrize("wait", [bgtasks.drain, bgtasks.adrain, bgtasks.shutdown, bgtasks.ashutdown])
+def test_time_out_that_is_no_number_is_refused(wait: Any, timeout: Any) -> None:
+    """Before anything is waited for, or a pool is closed."""
+
+    def call() -> None:
+        answer = wait(timeout)
+        if inspect.iscoroutine(answer):
+            asyncio.run(answer)
+
+    with pytest.raises(TypeError, match="timeout must be a number of seconds or None, not "):
+        call()
+
+    assert bgtasks.spawn("task", int)
+    assert bgtasks.drain(BOUND)
+
+
 @override_settings(BGTASKS={"default": {"CAPACTIY": 7}})
 def test_spawn_with_invalid_settings_raises() -> None:
     """The first spawn says what `manage.py check` says: message, hint and id."""
@@ -518,10 +536,18 @@ def test_spawn_with_invalid_settings_raises() -> None:
 
 
 @override_settings(BGTASKS={"default": {"CAPACITY": 0}})
-def test_ready_with_invalid_settings_leaves_them_to_the_checks() -> None:
-    """The app loads with a mistake in its setting, so that `manage.py check` can show it with its hint."""
+def test_ready_with_invalid_settings_says_so_and_leaves_them_to_the_checks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The app loads, and `manage.py check` shows the mistake. A server runs no checks, so it is logged."""
     apps.get_app_config("bgtasks").ready()
 
+    [message] = caplog.messages
+    assert message == (
+        "every spawn raises InvalidSettings until this is mended: BGTASKS['default']['CAPACITY'] is 0, which "
+        "is less than 1. CAPACITY is the number of tasks that may wait: 1 or more, 1024 by default. "
+        "(bgtasks.E006)"
+    )
     with pytest.raises(SystemCheckError, match=r"bgtasks\.E006"):
         call_command("check")
     assert repr(pools.default) == "<Pool 'default' not started>"

@@ -257,6 +257,7 @@ FUNCTIONS = {
     "increase",
     "histogram_quantile",
     "or",
+    "unless",
     "vector",
 }  # of the language of Prometheus
 
@@ -281,7 +282,7 @@ def test_dashboard_asks_for_what_is_exported(
     selectors = re.findall(r"(bgtasks_\w+)\{([^}]*)\}", expression)
     groupings = [set(labels.split(", ")) for labels in re.findall(r"by \(([^)]*)\)", expression)]
     legend = set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
-    rest = re.sub(r"\{[^}]*\}|by \([^)]*\)|\[[^\]]*\]", "", expression)
+    rest = re.sub(r"\{[^}]*\}|by \([^)]*\)|\[[^\]]*\]|offset [$\w]+|\$\w+", "", expression)
 
     assert selectors
     for name, matchers in selectors:

@@ -1,6 +1,7 @@
 """The tools for a project's tests: inline, captured, drained, and the MODE "inline"."""
 
 import asyncio
+import os
 import sys
 import threading
 import unittest
@@ -14,6 +15,7 @@ from django.contrib.auth.models import User
 from django.db import connection, transaction
 from django.test import TestCase, override_settings
 from django.utils import translation
+from pytest_django import Settings
 
 import bgtasks
 from bgtasks import hints, signals, testing
@@ -386,6 +388,31 @@ def test_captured_decorates_a_function() -> None:
     assert call() == ["one"]
 
 
+@testing.captured(kwarg_name="tasks")
+def test_captured_decorates_a_test_of_pytest(
+    monkeypatch: pytest.MonkeyPatch, tasks: testing.Captured
+) -> None:
+    """Its argument is no fixture, and beside it a test may have some."""
+    monkeypatch.setenv("NAME", "one")
+    bgtasks.spawn(os.environ["NAME"], print)
+
+    assert tasks.names == ["one"]
+
+
+def test_captured_records_the_options(settings: Settings) -> None:
+    """Those of `using`, with what the settings of the pool say of the others; none if there are none."""
+    with testing.captured() as tasks:
+        bgtasks.spawn("plain", print)
+        bgtasks.using(expires=60, key="k").spawn("both", print)
+        settings.BGTASKS = {"default": {"RETRIES": 2}}
+        bgtasks.spawn("by the settings", print)
+
+    plain, both, by_settings = (call.options for call in tasks.calls)
+    assert plain == {}
+    assert (both["expires"], both["key"], both["retries"]) == (60, "k", 0)
+    assert (by_settings["expires"], by_settings["retries"]) == (None, 2)
+
+
 # With Django's TestCase.
 
 
@@ -484,9 +511,9 @@ def test_drained_fails_with_what_still_runs_and_where() -> None:
     message = str(caught.value)
 
     assert message.startswith("after 0.01 s there are still tasks:\n")
-    assert "task 'sync' of pool 'default' runs for" in message
+    assert "task 'sync' of pool 'default' has been running for" in message
     assert 'gate.py", line' in message  # of both
-    assert "task 'async' of pool 'default' runs for" in message
+    assert "task 'async' of pool 'default' has been running for" in message
     assert message.endswith("task 'waits' of pool 'default' waits, once")
 
 
@@ -548,7 +575,7 @@ def test_drained_does_not_hide_what_the_test_has_failed_of() -> None:
                 gate.wait_entered()
                 raise Boom
 
-    assert "task 'held' of pool 'default' runs for" in caught.value.__notes__[0]
+    assert "task 'held' of pool 'default' has been running for" in caught.value.__notes__[0]
 
 
 def test_a_task_between_two_states_has_no_stack() -> None:

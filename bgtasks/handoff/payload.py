@@ -88,7 +88,7 @@ def why_not_json(value: object, depth: int = DEPTH_MAX) -> str | None:
 
 def _why_not_type(value: object) -> str:
     if isinstance(value, models.Model):
-        return f"its arguments hold a model instance, a {_name_of(value)}; pass its primary key"
+        return f"its arguments hold an instance of the model {_name_of(value)}; pass its primary key"
     return (
         f"its arguments hold a {_name_of(value)}, which does not come out of JSON as it went in; pass text, "
         "numbers, True, False, None, lists, or dictionaries with text as keys"

@@ -96,8 +96,8 @@ def _advice_on_tasks(pool: Json, now: float) -> Iterator[str]:
     if pool["oldest"] is not None and pool["oldest"] > WAIT_MAX and not pool["paused"]:
         yield f"The oldest task has waited for over {WAIT_MAX:g} s: tasks are spawned faster than they run."
     if any(failure["at"] > now - RECENT for failure in pool["failures"]):
-        yield "Tasks have failed within the last 5 minutes: see 'Failures'."
+        yield "Tasks have failed within the last 5 minutes: see the last failures."
     if any((drop["at"] or 0.0) > now - RECENT for drop in pool["drops"]):
-        yield "Tasks were not accepted within the last 5 minutes: see 'Dropped'."
+        yield "Tasks were not accepted within the last 5 minutes: see the last drops."
     if stats["handoff_failures"]:
         yield f"The engine could not be reached, or failed, {stats['handoff_failures']} times: see the log."

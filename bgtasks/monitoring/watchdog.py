@@ -18,7 +18,7 @@ from bgtasks.core.task import Life, Task, current
 from bgtasks.monitoring.thread import MonitorThread
 from bgtasks.text import indented
 
-OVERRUN = "task %r of pool %r runs for longer than %g s and holds slot %r at:\n%s"
+OVERRUN = "task %r of pool %r has been running for more than %g s, in slot %r, at:\n%s"
 
 
 def functions(pools: Iterable[Slots]) -> Iterator[tuple[Slots, Slot, Task]]:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from bgtasks.conf import SHUTDOWN_TIMEOUT_MIN
 from bgtasks.rehearsal.accounts import DROPPED, NO_DATABASE
 from bgtasks.rehearsal.results import GROUP, ProcessResult, Result
 
@@ -28,12 +29,14 @@ ONE_WORKER = (
 )
 RUNSERVER = "deploy with another server, such as gunicorn: runserver is for development"
 WAITRESS = "signal.signal(signal.SIGTERM, lambda *_: sys.exit())"
+JOURNAL = "stop the server by SIGTERM; BGTASKS_JOURNAL reports what killed processes have lost"
 EXEC = "write exec before the server's command in the start script; in a Dockerfile, give CMD as a list"
 HOOK = "call bgtasks.shutdown() where the process ends"
 KILL_OPTIONS = (
     "stop_grace_period (Compose), terminationGracePeriodSeconds (Kubernetes), TimeoutStopSec (systemd) or "
     "docker stop --timeout"
 )
+NOT_HANDED_OFF = "at the deadline they are cancelled, where the project's tasks would be handed off"
 IN_FLIGHT = (
     "see that the signal reaches the server itself (exec), and that requests and whatever else it waits for "
     "end in time"
@@ -65,8 +68,8 @@ def verdict(result: Result) -> str:
 
 
 def status(result: Result) -> int:
-    """Return the exit status of the command: 0 only if nothing was lost."""
-    return int(result.lost > 0)
+    """Return the exit status of the command: 0 only if nothing was lost; if strict, nor cancelled."""
+    return int(result.lost > 0 or (result.plan.strict and result.cancelled > 0))
 
 
 def advice(result: Result) -> list[Advice]:
@@ -77,7 +80,8 @@ def advice(result: Result) -> list[Advice]:
 
 def _of_loss(process: ProcessResult, result: Result) -> Advice:
     causes = (
-        _of_script(process, result)
+        _of_signal(result)
+        or _of_script(process, result)
         or _of_server(process, result)
         or _of_lifespan(process, result)
         or _of_gunicorn(process)
@@ -86,12 +90,18 @@ def _of_loss(process: ProcessResult, result: Result) -> Advice:
     return causes or Advice(f"{_name(process)} ended without an exit hook of Python", HOOK)
 
 
+def _of_signal(result: Result) -> Advice | None:
+    if result.plan.signum.name != "SIGKILL":  # which Windows does not have
+        return None
+    return Advice("SIGKILL ends a process at once, and no server or library can run anything then", JOURNAL)
+
+
 def _of_script(process: ProcessResult, result: Result) -> Advice | None:
     if result.shell is None or process.account.closing:
         return None
     return Advice(
-        f"the command is a {result.shell} script, which does not pass {result.plan.signum.name} on to "
-        f"{_name(process)}",
+        f"a shell ({result.shell}) stands between the command and {_name(process)}, and does not pass "
+        f"{result.plan.signum.name} on",
         EXEC,
     )
 
@@ -158,11 +168,11 @@ def _of_kill(process: ProcessResult, result: Result) -> Advice | None:
 
 def _too_long(process: ProcessResult, who: str, limit: float, option: str) -> Advice:
     timeout = process.shutdown_timeout
-    setting = f'"SHUTDOWN_TIMEOUT": {SHARE * limit:g} for each pool in BGTASKS, also for "default"'
-    return Advice(
-        f"SHUTDOWN_TIMEOUT is {timeout:g} s, and {who} comes after {limit:g} s",
-        f"write {setting}; or raise {option} above {timeout:g} s",
-    )
+    change = f"raise {option} above {timeout:g} s"
+    if SHARE * limit >= SHUTDOWN_TIMEOUT_MIN:
+        setting = f'"SHUTDOWN_TIMEOUT": {SHARE * limit:g} for each pool in BGTASKS, also for "default"'
+        change = f"write {setting}; or {change}"
+    return Advice(f"SHUTDOWN_TIMEOUT is {timeout:g} s, and {who} comes after {limit:g} s", change)
 
 
 def notes(result: Result) -> list[str]:
@@ -186,7 +196,7 @@ def _observed(process: ProcessResult) -> Iterator[str]:
     if account.closing and process.ended.killed and not account.lost:
         yield f"{_name(process)} had to be killed, after its tasks had ended"
     for pool in process.handoff:
-        yield f"pool {pool!r} hands off; probes do not travel: they are cancelled where your tasks are moved"
+        yield f"pool {pool!r} hands off, but not the probes: {NOT_HANDED_OFF}"
 
 
 def _risks(process: ProcessResult, result: Result) -> Iterator[str]:

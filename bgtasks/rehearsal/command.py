@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument(
         "--seconds",
-        type=_positive,
+        type=seconds,
         default=5.0,
         help="seconds of work that wait in each process (5 by default)",
     )
@@ -57,10 +57,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kill-after",
-        type=_positive,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="seconds after the signal until every process is killed (10 by default, as containers do)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with 1 also if tasks were cancelled and reported, for want of time",
     )
     parser.add_argument("server", nargs="+", metavar="COMMAND", help="what starts the server, after --")
 
@@ -77,6 +82,7 @@ def rehearse(options: dict[str, Any], out: OutputWrapper, progress_out: OutputWr
         options["url"],
         options["requests"],
         options["kill_after"],
+        strict=options["strict"],
         show_output=options["verbosity"] > 1,
     )
     progress = _Progress(progress_out)
@@ -114,10 +120,14 @@ class _Progress:
             self._shown = text
 
 
-def _positive(text: str) -> float:
-    number = float(text)
+def seconds(text: str) -> float:
+    """Return a positive number of seconds."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
     if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
     return number
 
 

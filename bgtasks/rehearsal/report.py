@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from bgtasks.rehearsal.advice import advice, notes, status, verdict
 from bgtasks.rehearsal.results import NotRehearsed, ProcessResult, Result
 
-HEADS = ["process", "server", "accepted", "finished", "cancelled", "handed off", "lost", "ended after"]
+HEADS = ["process", "server", "accepted", "finished", "cancelled", "handed off", "lost", "ended"]
 
 
 class Colours(NamedTuple):
@@ -39,7 +39,7 @@ def as_text(result: Result, colours: Colours = NO_COLOURS) -> str:
 
 def _row(process: ProcessResult) -> list[str]:
     account, ended = process.account, process.ended
-    after = "before" if ended.after < 0 else f"{ended.after:.1f} s"
+    after = "before the signal" if ended.after < 0 else f"after {ended.after:.1f} s"
     return [
         str(process.pid),
         f"{process.server.name} {process.server.worker}".rstrip(),

@@ -25,6 +25,7 @@ class Plan:
         url: What to visit: until it answers, and while the signal is sent.
         requests: How often to visit it in between.
         kill_after: Seconds after the signal at which every process is killed.
+        strict: Whether cancelled tasks count as lost in the exit status.
         show_output: Whether the server's output is shown, and not kept for the case that it does not start.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     url: str | None = None
     requests: int = 0
     kill_after: float = 10.0
+    strict: bool = False
     show_output: bool = False
 
 

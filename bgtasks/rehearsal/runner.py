@@ -37,6 +37,7 @@ NOBODY = (
     "container or environment (docker run, sudo, env -i), rehearse inside of that"
 )
 BACKGROUND = "start the server in the foreground, without --daemon or the like, as a container does"
+PORT = "give the server's command another port, such as -b 127.0.0.1:8001: this one is in use"
 
 
 class Rehearsal:
@@ -291,6 +292,8 @@ class Rehearsal:
 
     def _not(self, why: str, change: str = "") -> NotRehearsed:
         text = (self._folder / "output").read_text(errors="replace")
+        if not change and "address already in use" in text.lower():
+            change = PORT
         return NotRehearsed(why, change, text.splitlines()[-LAST_LINES:])
 
 

@@ -98,7 +98,7 @@ def test_task_that_has_waited_for_too_long_is_shed(asynchronous: bool) -> None:
 
         assert ran == ["young"]
         assert shed == [("old", "expired")]
-        assert core.logs.of("shed") == ["task 'old' shed: it waited in pool 'core' for longer than it may"]
+        assert core.logs.of("shed") == ["task 'old' shed: it expired while it waited in pool 'core'"]
         assert (core.stats().shed, core.stats().succeeded) == (1, 2)
         assert_whole(core)
 
@@ -360,7 +360,7 @@ def test_task_that_fails_is_tried_again(asynchronous: bool) -> None:
         assert (core.stats().retried, core.stats().succeeded, core.stats().failed) == (2, 2, 0)
         assert started.count(("fails", None)) == 3
         assert [outcome for name, outcome in finished if name == "fails"] == ["succeeded"]
-        assert len(core.logs.of("it is tried again in")) == 1
+        assert len(core.logs.of("retrying in")) == 1
         repeats.flush()
         assert core.logs.of("a try of task 'fails' of pool 'core' failed again (1 more): ValueError")
         assert core.logs.above(logging.ERROR) == []
@@ -542,7 +542,7 @@ def test_task_is_not_tried_again_without_a_place(prepare: Callable[..., object],
         core.drain()
 
         assert (core.stats().failed, core.stats().retried) == (1, 0)
-        assert f"is not tried again: {why}" in core.logs.of("is not tried again")[0]
+        assert f"is not retried: {why}" in core.logs.of("is not retried")[0]
 
 
 def test_retries_that_are_refused_are_limited_in_the_log() -> None:
@@ -553,8 +553,8 @@ def test_retries_that_are_refused_are_limited_in_the_log() -> None:
         repeats.flush()
 
         assert core.logs.lines[-2:] == [
-            "task 'fails' of pool 'core' has failed (ValueError), and is not tried again: the pool is full",
-            "task 'fails' of pool 'core' failed again (2 more), and is not tried again: ValueError",
+            "task 'fails' of pool 'core' failed (ValueError), and is not retried: the pool is full",
+            "task 'fails' of pool 'core' failed again (2 more), and is not retried: ValueError",
         ]
 
 

@@ -42,7 +42,7 @@ def test_function_past_its_timeout_is_reported_once_with_its_stack() -> None:
         core.drain()
 
         assert line.startswith(
-            "task 'first' of pool 'core' runs for longer than 0.01 s and holds slot 'bgtasks-core-"
+            "task 'first' of pool 'core' has been running for more than 0.01 s, in slot 'bgtasks-core-"
         )
         assert "gate.py" in line
         assert "in __call__" in line
@@ -71,7 +71,7 @@ def test_function_past_its_timeout_keeps_its_own_outcome() -> None:
             raise ValueError("failed")
 
         core.spawn("overruns", fail)
-        core.logs.wait("runs for longer")
+        core.logs.wait("has been running for more")
         gate.open()
         core.drain()
 
@@ -89,7 +89,7 @@ def test_function_is_reported_while_the_loop_is_blocked() -> None:
         gate.wait_entered()
         core.spawn("overruns", gate)
 
-        assert core.logs.wait("task 'overruns' of pool 'core' runs for longer")
+        assert core.logs.wait("task 'overruns' of pool 'core' has been running for more")
         gate.open()
 
 
@@ -100,7 +100,7 @@ def test_coroutines_are_left_to_the_loop() -> None:
         core.drain()
 
         assert core.stats().timed_out == 1
-        assert core.logs.of("runs for longer") == []
+        assert core.logs.of("has been running for more") == []
 
 
 def test_functions_of_pools_without_a_limit_are_not_watched() -> None:
@@ -129,7 +129,7 @@ def test_each_pool_has_a_limit_of_its_own() -> None:
         gate.wait_entered()
         other.queue.put(make_task("short", gate))
 
-        core.logs.wait("task 'short' of pool 'core-other' runs for longer than 0.01 s")
+        core.logs.wait("task 'short' of pool 'core-other' has been running for more than 0.01 s")
         assert core.logs.of("'long'") == []
         gate.open()
 
@@ -150,7 +150,7 @@ def test_function_that_begins_just_as_the_watchdog_ends_is_reported() -> None:
         with after_call(core.watchdog, "_look", begin):
             core.watchdog.notify()
 
-            assert core.logs.wait("task 'begins' of pool 'core' runs for longer")
+            assert core.logs.wait("task 'begins' of pool 'core' has been running for more")
             gate.open()
 
 
@@ -237,5 +237,5 @@ def test_watchdog_sleeps_until_the_first_function_is_due() -> None:
 
         assert pause is not None
         assert 0 < pause <= 1
-        assert core.logs.of("runs for longer") == []
+        assert core.logs.of("has been running for more") == []
         gate.open()

@@ -1,7 +1,7 @@
 """What a rehearsal says of its accounts: the verdict, and the line to change."""
 
 from collections import Counter
-from signal import SIGTERM
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
@@ -29,7 +29,8 @@ def process(
 
 def result(*processes: ProcessResult, **changes: Any) -> Result:
     command = changes.pop("command", "serve").split()
-    plan = Plan(command, **{key: changes.pop(key) for key in ("target",) if key in changes})
+    of_plan = {"target", "signum", "strict"} & changes.keys()
+    plan = Plan(command, **{key: changes.pop(key) for key in of_plan})
     return Result(plan, list(processes), ended_after=3.21, **changes)
 
 
@@ -57,6 +58,12 @@ def test_reported_tasks_are_not_lost_without_a_word() -> None:
     )
 
 
+def test_strict_rehearsal_fails_if_tasks_are_cancelled() -> None:
+    """A pipeline may want to know that SHUTDOWN_TIMEOUT is too short for the work."""
+    assert advice.status(result(process(accepted=6, succeeded=2, cancelled=4), strict=True)) == 1
+    assert advice.status(result(process(accepted=6, succeeded=6), strict=True)) == 0
+
+
 def test_verdict_counts_what_is_lost() -> None:
     """The number of tasks, in how many processes, and how long the end took."""
     seen = result(process(accepted=6, succeeded=2), process(accepted=2, succeeded=2))
@@ -72,6 +79,7 @@ UWSGI = ServerFacts("uwsgi", die_on_term=True)
 CASES: dict[str, tuple[ProcessResult, dict[str, Any], str]] = {
     "script": (process(accepted=1), {"shell": "dash"}, advice.EXEC),
     "left behind": (process(accepted=1, closing=1, ended=KILLED), {"main_first": True}, advice.EXEC),
+    "sigkill": (process(accepted=1), {"signum": SIGKILL, "shell": "dash"}, advice.JOURNAL),
     "runserver": (process(ServerFacts("runserver"), accepted=1), {}, advice.RUNSERVER),
     "uwsgi": (process(UWSGI, accepted=1), {}, advice.UWSGI_HOOK),
     "uwsgi, all": (process(UWSGI, accepted=1), {"target": GROUP}, advice.KILL_MODE),
@@ -127,6 +135,14 @@ def test_line_to_change_is_in_the_file_that_the_command_names(command: str, file
     assert found.change == f"write in {file}: {advice.WRAPPER}"
 
 
+def test_setting_that_the_checks_would_refuse_is_not_proposed() -> None:
+    """SHUTDOWN_TIMEOUT is 1 or more, so under a limit of a second only the limit can be raised."""
+    server = ServerFacts("gunicorn", worker="sync", graceful_timeout=1, timeout=30)
+    [found] = advice.advice(result(process(server, accepted=1, closing=1)))
+
+    assert found.change == "raise --graceful-timeout above 8 s"
+
+
 def test_setting_leaves_room_under_the_limit() -> None:
     """With the 10 s of a container, what is proposed is the default, 8 s."""
     [found] = advice.advice(result(process(accepted=1, closing=1, ended=KILLED, shutdown_timeout=20)))
@@ -162,7 +178,7 @@ def test_what_was_not_rehearsed_is_noted() -> None:
         "gunicorn sync accepts no async tasks (no_loop), so none was rehearsed",
         "gunicorn sync had no database (OperationalError), so no query was rehearsed",
         "gunicorn sync had to be killed, after its tasks had ended",
-        "pool 'email' hands off; probes do not travel: they are cancelled where your tasks are moved",
+        f"pool 'email' hands off, but not the probes: {advice.NOT_HANDED_OFF}",
     ]
 
 
@@ -173,9 +189,9 @@ def test_report_has_a_row_for_each_process() -> None:
     text = as_text(seen)
 
     assert text.splitlines()[:-1] == [
-        "process  server         accepted  finished  cancelled  handed off  lost  ended after",
-        "7        gunicorn sync         3         3          0           0     0  before",
-        "7        gunicorn sync       300         2          0           0   298  10.0 s, killed",
+        "process  server         accepted  finished  cancelled  handed off  lost  ended",
+        "7        gunicorn sync         3         3          0           0     0  before the signal",
+        "7        gunicorn sync       300         2          0           0   298  after 10.0 s, killed",
         "",
         f"{advice.verdict(seen)}.",
         "",

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_command_that_cannot_be_started_is_status_2() -> None:
 
     assert status == 2
     assert text.startswith("This could not be rehearsed: the command 'no-such-program' cannot be started")
+
+
+def test_port_that_is_in_use_has_a_line_to_change() -> None:
+    """The site itself may be running beside the rehearsal."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        text, status = rehearse("--", sys.executable, "-m", "http.server", "--bind", "127.0.0.1", port)
+
+    assert status == 2
+    assert f"  To do: {runner.PORT}." in text.splitlines()
 
 
 @pytest.mark.parametrize("args", [["--json", "rehearse"], ["rehearse", "--json"]])

@@ -62,7 +62,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--watch",
             nargs="?",
-            type=float,
+            type=rehearsal.seconds,
             const=1.0,
             metavar="SECONDS",
             help="print again every so many seconds (1 by default), until Ctrl-C",

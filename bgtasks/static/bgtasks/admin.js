@@ -239,7 +239,7 @@
 
   function updateVerdict(data) {
     const unwell = data.pools.filter((pool) => pool.state !== "well");
-    const worth = data.pools.some((pool) => pool.advice.length) || data.unread.length;
+    const worth = data.pools.some((pool) => pool.advice.length) || data.unread.length || data.losses.length;
     const named = unwell.slice(0, 3).map((pool) => `${pool.name} is ${pool.state}`).join(", ");
     const more = unwell.length > 3 ? ` and ${unwell.length - 3} more` : "";
     badge(byId("bt-verdict").firstElementChild, data.state, KINDS[data.state]);
