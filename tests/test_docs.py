@@ -97,6 +97,17 @@ def test_every_word_of_the_project_is_in_the_glossary() -> None:
     assert set(re.split(r",\s+", words)) <= set(glossary)
 
 
+def test_example_of_a_change_to_the_core_is_in_the_core() -> None:
+    """CONTRIBUTING.md quotes it, each block from a module that it names."""
+    example = (ROOT / "CONTRIBUTING.md").read_text().split("As an example")[1].split("\n## ")[0]
+    parts = example.split("```python\n")
+    names = [re.findall(r"^`(\w+\.py)`:", part, re.MULTILINE)[-1] for part in parts[:-1]]
+
+    assert names == ["policy.py", "queue.py", "waiting.py"]
+    for name, part in zip(names, parts[1:], strict=True):
+        assert part.split("```")[0] in (ROOT / "bgtasks" / "core" / name).read_text()
+
+
 def test_every_page_is_in_the_contents() -> None:
     """A page that neither the contents nor llms.txt name cannot be found."""
     index = (ROOT / "docs" / "index.md").read_text()

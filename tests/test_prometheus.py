@@ -93,7 +93,7 @@ def test_retries_and_what_was_shed_are_metrics() -> None:
         bgtasks.using(expires=1e-9).spawn("old", int)
         seen = scrape()
     queue = pools["default"].build().slots.queue
-    queue.cancel_named("bad", [])
+    queue.cancel(lambda task: task.name == "bad", [])
     assert bgtasks.drain(BOUND)
     after = scrape()
 

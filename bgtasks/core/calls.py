@@ -64,7 +64,6 @@ class ThreadCalls(Executor):
         self.used = True
         self._wake()
         if self.stopped:  # after the call is in: the thread ends with a look at what it has left
-            call.answer(None, self._error())
             raise self._error()
         return call
 

@@ -52,6 +52,8 @@ class TaskQueue(Waiting):
         """Have `slots`, all of them idle, as well."""
         for slot in slots:
             slot.place = Place.IDLE
+            if self.delayed:
+                slot.wake()  # so that its thread sleeps no longer than it may
         self.slots = [*self.slots, *slots]
         self.idle = [*reversed(slots), *self.idle]
 
@@ -95,22 +97,18 @@ class TaskQueue(Waiting):
         """Give the oldest waiting task to an idle slot, and return that, if the task is asynchronous."""
         self.asked_at = 0.0
         now = monotonic()
-        self._release_due(now)
-        self._shed_expired(now)
-        if not self.idle or not self.waiting or self.paused or not self.waiting[0].asynchronous:
+        index = self._ready(now)
+        if not self.idle or index is None or not self.waiting[index].asynchronous:
             return None
-        slot = self.idle[-1]
-        self._leave_idle(slot)
+        slot = self.idle.pop()
         slot.place = Place.LOOP
-        self._give(slot, now)
+        self._give(slot, now, index)
         return slot
 
     def _ready(self, now: float) -> int | None:
         """Release what is due, shed what is too old, and return where the next task is, if there is one."""
         self._release_due(now)
-        while (index := self._first()) is not None:
-            if self.waiting[index].policy.expires_at >= now:
-                break
+        while (index := self._first()) is not None and self.waiting[index].policy.expires_at < now:
             self._shed(ShedReason.EXPIRED, index)
         return index
 
@@ -122,7 +120,7 @@ class TaskQueue(Waiting):
             return 0
         return next((i for i, task in enumerate(self.waiting) if not task.asynchronous), None)
 
-    def _give(self, slot: SlotState, now: float, index: int = 0) -> Task:
+    def _give(self, slot: SlotState, now: float, index: int) -> Task:
         """Move a waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
         task = self.waiting[index]  # atomic from here on
         counts, policy = task.figures.counts, task.policy
@@ -148,7 +146,7 @@ class TaskQueue(Waiting):
         now = monotonic()
         self._release_due(now)  # this thread may have slept until now for that, and its slot be the loop's
         if slot.place is Place.IDLE and (index := self._ready(now)) is not None:
-            self._leave_idle(slot)  # first: if an exception comes in between, nobody else gives it a task
+            self.idle.remove(slot)  # first: if an exception comes in between, nobody else gives it a task
             return self._give(slot, now, index)
         if slot.place is Place.THREAD and slot.task is None:
             return self._next(slot, now)
@@ -181,20 +179,12 @@ class TaskQueue(Waiting):
     def _next(self, slot: SlotState, now: float) -> Task | None:
         if (index := self._ready(now)) is not None:
             return self._give(slot, now, index)
-        self._go_idle(slot)
-        return None
-
-    def _go_idle(self, slot: SlotState) -> None:
         slot.place = Place.IDLE if slot in self.slots else Place.OUT
         if slot.place is Place.IDLE:
             self.idle.append(slot)
             if self.delayed:
-                slot.wake()  # so that its thread sleeps no longer than it may
-
-    def _leave_idle(self, slot: SlotState) -> None:
-        self.idle.remove(slot)
-        if self.delayed and self.idle:
-            self.idle[-1].wake()  # one of those that are left has to sleep no longer than it may
+                slot.wake()  # as in `add_slots`
+        return None
 
     @step
     def retry(self, slot: SlotState, task: Task, delay: float) -> str | None:
@@ -209,7 +199,7 @@ class TaskQueue(Waiting):
         if full or self.queued >= self.capacity:
             return "the pool is full"
         policy.due_at = now + delay
-        index = self._delayed_index(policy) or 0  # what is due by now is the first
+        place, index = self._where(policy)
         times, figures = task.times(now), task.figures
         task.life, slot.task = Life.WAITING, None  # atomic from here on
         task.function, task.asynchronous = policy.function, policy.asynchronous
@@ -220,7 +210,7 @@ class TaskQueue(Waiting):
         self.queued += 1
         if policy.key:
             self.keyed[policy.key] = task
-        self.delayed[index:index] = (task,)
+        place.insert(index, task)
         figures.count_try(*times)
         return None
 
@@ -238,17 +228,15 @@ class TaskQueue(Waiting):
         self.loop_blocked = blocked
         lent = {slot.task: slot for slot in self.slots if slot.place is Place.LENT and slot.context is None}
         for task in sorted({*self.running()}.intersection(lent), key=attrgetter("started_at"), reverse=True):
+            slot, counts = lent[task], task.figures.counts
             if blocked and self.queued < self.capacity:
-                self._take_back(lent[task], task)
-
-    def _take_back(self, slot: SlotState, task: Task) -> None:
-        counts = task.figures.counts
-        self.queued += 1  # atomic from here on
-        counts[RUNNING] -= 1
-        task.life = Life.WAITING
-        slot.task, slot.place = None, Place.IDLE
-        self.idle += (slot,)
-        self.waiting.appendleft(task)
+                self.queued += 1  # atomic from here on
+                counts[RUNNING] -= 1
+                task.life = Life.WAITING
+                slot.task, slot.place = None, Place.IDLE
+                self.idle += (slot,)
+                self.waiting.appendleft(task)
+                slot.wake()  # as in `add_slots`
 
     @step
     def decide(self, task: Task, outcome: Outcome) -> bool:

@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Mapping
 from functools import partial
+from math import inf
 
 from bgtasks.clock import monotonic
 from bgtasks.core.drainer import STOP_PATIENCE, Drainer, join
@@ -33,62 +34,54 @@ class Shutdown:
         self.lock = threading.RLock()  # held by whoever shuts the pool down
         self.complete = False  # under the lock
         self._drainer = drainer
-        self._deadline: float | None = None  # monotonic seconds; see hasten
+        self.deadline = inf  # monotonic seconds, when it gives up; see hasten
         self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()  # wakes the one who shuts down
         self._asked: list[Task] = []  # running tasks that were asked to end; under the lock
         self._cancelled: list[Task] = []  # what was given up; under the lock
         self._told = 0  # of these, how many the listeners know of; under the lock
 
-    @property
-    def deadline(self) -> float:
-        """When it gives up, in monotonic seconds."""
-        return monotonic() if self._deadline is None else self._deadline
-
     def hasten(self, deadline: float) -> None:
         """Give up at `deadline` (monotonic seconds), unless it does so before."""
-        self._deadline = min(deadline, self._deadline or deadline)
+        self.deadline = min(deadline, self.deadline)
         self._signal.put(None)
 
     def wait(self, own: Task | None) -> None:
         """Wait until nothing but `own` waits or runs, or the time is over; then cancel what waits."""
         slots, tasks = self.slots, self.slots.queue
         slots.wind_up(self.deadline, self._cancelled)
-        while self._unfinished() - {own}:
-            left = self.deadline - monotonic()
-            if left <= 0 or (tasks.queued and not self._has_threads()):
-                break  # or nobody is there to run them
+        waiter = tasks.drain_waiter(partial(self._signal.put, None), except_for={own})
+        while waiter.pending and (left := self.deadline - monotonic()) > 0:
+            if tasks.queued and not self._has_threads():
+                break  # nobody is there to run them
             # The start of threads may fail behind our back, and then nobody would wake us.
-            self._sleep(left if slots.all else min(left, START_PATIENCE), except_for={own})
+            self._sleep(left if slots.all else min(left, START_PATIENCE))
+        tasks.forget(waiter)
         tasks.cancel_waiting(self._cancelled)
         self._tell()
-        self._asked += [task for task in tasks.running() if task is not own and task not in self._asked]
+        self._asked += [task for task in tasks.running() if task is not own]
         for slot in slots.all:
             if (task := slot.task) is not None and task in self._asked and task.asynchronous:
-                slot.cancel(task)
+                slots.loop.call_soon(slot.stop_task, task, Outcome.CANCELLED)
 
     def give_up(self, patience: float) -> None:
         """Wait until `patience` (monotonic seconds) for cancelled coroutines, and give up what still runs."""
-        asked = {task for task in self._asked if task.asynchronous}
-        hopeless: set[Task | None] = {*self._unfinished() - asked}
-        while self._unfinished() - hopeless and (left := patience - monotonic()) > 0:
-            self._sleep(left, except_for=hopeless)
+        tasks = self.slots.queue
+        hopeless = tasks.read(TaskQueue.tasks) - {task for task in self._asked if task.asynchronous}
+        waiter = tasks.drain_waiter(partial(self._signal.put, None), except_for=hopeless)
+        while waiter.pending and (left := patience - monotonic()) > 0:
+            self._sleep(left)
+        tasks.forget(waiter)
         self.slots.abandon(self._cancelled)
-        self.slots.queue.give_up(self._asked, self._cancelled)
+        tasks.give_up(self._asked, self._cancelled)
         self._tell()
 
     def _has_threads(self) -> bool:
         return bool(self.slots.all) or (self._drainer.ensure(self.slots) and not self._drainer.failing)
 
-    def _unfinished(self) -> set[Task]:
-        return self.slots.queue.read(TaskQueue.tasks)
-
-    def _sleep(self, seconds: float, *, except_for: set[Task | None]) -> None:
-        """Sleep until all but these tasks have ended, the deadline is brought forward, or time is over."""
-        tasks = self.slots.queue
-        waiter = tasks.drain_waiter(partial(self._signal.put, None), except_for=except_for)
+    def _sleep(self, seconds: float) -> None:
+        """Sleep until what is waited for has ended, the deadline is brought forward, or time is over."""
         with contextlib.suppress(queue.Empty):
             self._signal.get(timeout=seconds)
-        tasks.forget(waiter)
 
     def _tell(self) -> None:
         """Tell the listeners of the cancelled tasks that they do not know of yet."""

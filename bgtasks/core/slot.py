@@ -87,10 +87,6 @@ class Slot(SlotState):
         self._stopping = True
         self.wake()
 
-    def cancel(self, task: Task) -> None:
-        """Have an asynchronous `task` end as cancelled, if it runs."""
-        self.pool.loop.call_soon(self._stop_task, task, Outcome.CANCELLED)
-
     def leave_loop(self) -> None:
         """End the task that the loop runs, as failed. Called while the loop does nothing, and never will."""
         task = self.task
@@ -336,9 +332,9 @@ class Slot(SlotState):
     def _start_timer(self, task: Task, task_timeout: float) -> asyncio.TimerHandle:
         left = task.started_at + task_timeout - monotonic()
         loop = asyncio.get_running_loop()
-        return loop.call_later(left, self._stop_task, task, Outcome.TIMED_OUT, context=Context())
+        return loop.call_later(left, self.stop_task, task, Outcome.TIMED_OUT, context=Context())
 
-    def _stop_task(self, task: Task, reason: Outcome) -> None:
+    def stop_task(self, task: Task, reason: Outcome) -> None:
         """Cancel an asynchronous `task` that has not ended, for this `reason`."""
         if self.task is task and self._ended is None:
             task.overran = task.overran or reason is Outcome.TIMED_OUT

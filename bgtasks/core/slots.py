@@ -75,7 +75,7 @@ class Slots(SlotPool):
 
     def wind_up(self, deadline: float, cancelled: list[Task]) -> None:
         """Prepare for a shutdown at `deadline` (monotonic seconds): move what is due later to `cancelled`."""
-        self.queue.cancel_delayed(cancelled, deadline)
+        self.queue.cancel(lambda task: task.policy.due_at > deadline, cancelled)
 
     def abandon(self, cancelled: list[Task]) -> None:
         """Give up what is left and neither waits nor runs, and move it to `cancelled`."""

@@ -113,38 +113,35 @@ class Waiting(Steps):
 
     def _make_room(self) -> None:
         """Shed what is too old at the head of the queue, and else the oldest task, if it may be given up."""
-        self._shed_expired(monotonic())
+        now = monotonic()
+        while self.waiting and self.waiting[0].policy.expires_at < now:
+            self._shed(ShedReason.EXPIRED)
         if self.displaces and self.waiting and self.queued >= self.capacity:
             self._shed(ShedReason.DISPLACED)
 
-    def _shed_expired(self, now: float) -> None:
-        while self.waiting and self.waiting[0].policy.expires_at < now:
-            self._shed(ShedReason.EXPIRED)
-
     def _accept(self, task: Task) -> None:
         figures, policy = task.figures, task.policy
-        index = self._delayed_index(policy)
+        place, index = self._where(policy)
         figures.spawned += 1  # atomic from here on
         figures.counts[UNFINISHED] += 1
         self.queued += 1
         if self.check_out_new:
             self.checked_out[task] = False
-        elif index is not None:
-            self.delayed[index:index] = (task,)
         else:
-            self.waiting += (task,)
             if policy.key:
                 self.keyed[policy.key] = task
+            place.insert(index, task)
         if policy.expires_at < inf:
             self.makes_room = True
 
-    def _delayed_index(self, policy: Policy) -> int | None:
-        """Return where a task is to be delayed, and have a thread sleep until then; None if it is due."""
+    def _where(self, policy: Policy) -> tuple[MutableSequence[Task], int]:
+        """Return where a task is to wait. Until the first one is due, the threads of idle slots sleep."""
         if policy.due_at <= monotonic():
-            return None
-        if self.idle:
-            self.idle[-1].wake()  # it looks when that is, after this step
-        return bisect_right(self.delayed, policy.due_at, key=_due_at)
+            return self.waiting, len(self.waiting)
+        index = bisect_right(self.delayed, policy.due_at, key=_due_at)
+        for slot in self.idle if index == 0 else ():
+            slot.wake()  # its thread looks when that is, after this step
+        return self.delayed, index
 
     def _release_due(self, now: float) -> None:
         """Have the delayed tasks that are due wait no longer than the others."""
@@ -169,10 +166,7 @@ class Waiting(Steps):
     def _end_waiting(
         self, task: Task, outcome: Outcome, ended: MutableSequence[T], entry: T, index: int = 0
     ) -> None:
-        """Count a task, and add an `entry` to what has `ended`.
-
-        It waits at `index`, is checked out, or is the last one that is delayed.
-        """
+        """Count a task that is checked out, or waits at `index`, and add an `entry` to what has `ended`."""
         if task.life is not Life.WAITING:  # atomic from here on
             return  # a spawn by a signal handler has just shed it
         task.life, task.outcome = Life.ENDED, outcome
@@ -182,8 +176,6 @@ class Waiting(Steps):
         ended += (entry,)
         if task in self.checked_out:
             del self.checked_out[task]
-        elif self.delayed and self.delayed[-1] is task:
-            del self.delayed[-1]
         else:
             del self.waiting[index]
         self._forget_key(task)
@@ -230,12 +222,9 @@ class Waiting(Steps):
         """Let slots run `tasks`, unless they were cancelled, or are about to be: the queue is closed."""
         for task in tasks:
             if task in self.checked_out and self.state is not State.CLOSED:
-                index = self._delayed_index(task.policy)
+                place, index = self._where(task.policy)
                 del self.checked_out[task]  # atomic from here on
-                if index is None:
-                    self.waiting.append(task)
-                else:
-                    self.delayed[index:index] = (task,)
+                place.insert(index, task)
 
     @step
     def note_taken(self, task: Task) -> bool:
@@ -282,12 +271,6 @@ class Waiting(Steps):
                 self.delayed.remove(task)
 
     @step
-    def cancel_delayed(self, cancelled: list[Task], after: float) -> None:
-        """Move what may not run until `after` (monotonic seconds) to `cancelled`."""
-        while self.delayed and self.delayed[-1].policy.due_at > after:
-            self._end_waiting(self.delayed[-1], Outcome.CANCELLED, cancelled, self.delayed[-1])
-
-    @step
     def cancel_waiting(self, cancelled: list[Task], *, checked_out: bool = False) -> None:
         """Close for good, and move what waits to `cancelled`; and if `checked_out`, what is checked out."""
         self.state = State.CLOSED
@@ -298,16 +281,16 @@ class Waiting(Steps):
             self._end_waiting(task, Outcome.CANCELLED, cancelled, task)
 
     @step
-    def cancel_named(self, name: str, cancelled: list[Task]) -> None:
-        """Cancel what waits and is counted under `name`, but for what is checked out."""
+    def cancel(self, which: Callable[[Task], bool], cancelled: list[Task]) -> None:
+        """Cancel what waits in the queue if `which` says so, which must call nothing of the user's."""
+        chosen = {task for task in [*self.waiting, *self.delayed] if which(task)}
         for index in reversed(range(len(self.delayed))):
-            if self.delayed[index].figures.name == name:
+            if self.delayed[index] in chosen:
                 self.waiting += (self.delayed[index],)  # atomic from here on
                 del self.delayed[index]
         for _ in range(len(self.waiting)):
-            first = self.waiting[0]
-            if first.figures.name == name:
-                self._end_waiting(first, Outcome.CANCELLED, cancelled, first)
+            if self.waiting[0] in chosen:
+                self._end_waiting(self.waiting[0], Outcome.CANCELLED, cancelled, self.waiting[0])
             else:
                 self.waiting.rotate(-1)  # once around, so that the order stays
 

@@ -155,7 +155,7 @@ class Orders:
 def cancel(slots: Slots, order: Cancellation) -> int:
     """Cancel what waits in the pool under the name, report it, and return how many tasks that were."""
     cancelled: list[Task] = []
-    slots.queue.cancel_named(order.name, cancelled)
+    slots.queue.cancel(lambda task: task.figures.name == order.name, cancelled)
     for task in cancelled:
         task.discard()
         slots.hooks.finished(task, Outcome.CANCELLED, None)

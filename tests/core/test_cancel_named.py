@@ -20,7 +20,7 @@ def test_the_others_keep_their_order(names: Any) -> None:
     for name in names:
         assert queue.put(make_task(name)) is None
     cancelled: list[Task] = []
-    queue.cancel_named("a", cancelled)
+    queue.cancel(lambda task: task.name == "a", cancelled)
 
     assert [task.name for task in queue.waiting] == [name for name in names if name != "a"]
     assert [task.name for task in cancelled] == [name for name in names if name == "a"]
@@ -37,7 +37,7 @@ def test_task_that_waits_to_be_tried_again_is_cancelled() -> None:
         tried.spawn("other", int, "x")
         wait_until(lambda: len(core.queue.delayed) == 2)
         cancelled: list[Task] = []
-        core.queue.cancel_named("bad", cancelled)
+        core.queue.cancel(lambda task: task.name == "bad", cancelled)
 
         assert [task.name for task in cancelled] == ["bad"]
         assert [task.name for task in core.queue.delayed] == ["other"]
@@ -52,7 +52,7 @@ def test_what_is_checked_out_and_what_runs_is_left_alone() -> None:
         core.spawn("task", int)
         [out] = core.queue.check_out(1)
         cancelled: list[Task] = []
-        core.queue.cancel_named("task", cancelled)
+        core.queue.cancel(lambda task: task.name == "task", cancelled)
         core.queue.put_back([out])
         gate.open()
         core.drain()
@@ -68,7 +68,7 @@ def test_key_of_a_cancelled_task_is_free() -> None:
         gate.wait_entered()
         keyed = core.pool.using(key="7")
         keyed.spawn("task", int)
-        core.queue.cancel_named("task", [])
+        core.queue.cancel(lambda task: task.name == "task", [])
         keyed.spawn("task", int)
         gate.open()
         core.drain()
@@ -84,6 +84,6 @@ def test_drain_ends_with_what_it_waits_for() -> None:
         core.spawn("task", int)
         ended = Drained(core.queue)
         gate.open()
-        core.queue.cancel_named("task", [])
+        core.queue.cancel(lambda task: task.name == "task", [])
 
         assert ended.result(BOUND)

@@ -315,7 +315,7 @@ def test_coroutine_cancelled_before_its_first_step_is_no_error(monkeypatch: pyte
 
     def cancel() -> None:
         [task] = core.queue.running()
-        core.slots.all[0]._stop_task(task, Outcome.CANCELLED)
+        core.slots.all[0].stop_task(task, Outcome.CANCELLED)
 
     with Core(conn_max=1) as core, Gate(bound=10 * BOUND) as held:
         core.drainer.loop.call_soon(held)

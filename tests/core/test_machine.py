@@ -145,7 +145,7 @@ class PoolMachine(RuleBasedStateMachine):
         wait_until(lambda: task.runner is not None)
         [slot] = [slot for slot in self.core.slots.all if slot.task is task]
         if timed_out:
-            self.core.drainer.loop.call_soon(slot._stop_task, task, Outcome.TIMED_OUT)
+            self.core.drainer.loop.call_soon(slot.stop_task, task, Outcome.TIMED_OUT)
         else:
             self.core.drainer.loop.call_soon(task.runner.cancel)
 

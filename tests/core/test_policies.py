@@ -23,7 +23,7 @@ from bgtasks.core.policy import NO_POLICY, Options, Policy
 from bgtasks.core.task import Task
 from bgtasks.monitoring.figures import read_stats, read_stats_by_name
 from bgtasks.repeats import repeats
-from tests.core.test_queue import QueueMachine, in_threads, is_balanced, new_queue
+from tests.core.test_queue import QueueMachine, in_threads, is_balanced, lend, new_queue
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import Core, assert_whole, balance, make_task, receiving
 
@@ -672,6 +672,43 @@ def test_delayed_tasks_run_in_the_order_of_their_times() -> None:
     assert queue.delayed == [early, late]
 
 
+def woken(slots: list[SlotState]) -> list[SlotState]:
+    """Return those of `slots` that were woken, and forget it."""
+    found = [slot for slot in slots if not slot.signal.empty()]
+    for slot in found:
+        while not slot.signal.empty():
+            slot.signal.get()
+    return found
+
+
+def test_threads_of_idle_slots_sleep_until_the_first_task_is_due() -> None:
+    """All of them look when that is if it changes, and none if it does not."""
+    queue, slots = new_queue(conn_max=2)
+    queue.put(later(EVER))
+    assert woken(slots) == slots
+    queue.put(later(2 * EVER))
+    assert woken(slots) == []
+    queue.put(later(EVER / 2))
+    assert woken(slots) == slots
+
+
+def test_slot_that_becomes_idle_sleeps_until_the_first_task_is_due() -> None:
+    """It was not among the idle ones as the task came: it had to step aside, or has lent its own task."""
+    queue, slots = new_queue()
+    queue.remove_slots(if_idle=True)
+    queue.put(later(EVER))
+    queue.add_slots(slots)
+    assert woken(slots) == slots
+
+    coroutine = make_task(asynchronous=True)
+    queue.put(coroutine)
+    assert queue.take(slots[0]) is coroutine
+    assert lend(queue, slots[0], coroutine)
+    woken(slots)
+    queue.set_loop_blocked(True)
+    assert woken(slots) == slots
+
+
 def test_delayed_tasks_in_the_wrong_order_are_late_and_never_early() -> None:
     """One that a nested put leaves behind a later one waits for that."""
     queue, [slot] = new_queue()
@@ -827,7 +864,8 @@ class PolicyMachine(QueueMachine):
     @precondition(lambda self: self.asked)
     @rule()
     def claim(self) -> None:
-        self._shed_expired()
+        while (ready := self._ready()) and ready[0].policy.expires_at < monotonic():
+            self._shed(ready[0])
         super().claim()
 
     def _expect_given(self, slot: SlotState) -> Task | None:
@@ -921,7 +959,7 @@ class PolicyMachine(QueueMachine):
         self.ended[Outcome.CANCELLED] += len(expected)
         cancelled: list[Task] = []
 
-        self.queue.cancel_delayed(cancelled, deadline)
+        self.queue.cancel(lambda task: task.policy.due_at > deadline, cancelled)
 
         assert cancelled == expected
 

@@ -1350,19 +1350,23 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _expect_given(self, slot: SlotState) -> Task | None:
         """Return the task that `slot` gets if it asks for one."""
-        ready = [task for task in self.waiting if not (self.blocked and task.asynchronous)]
-        if self.paused or not ready:
+        ready = self._ready()
+        if not ready:
             return None
         self.running[slot] = task = ready[0]
         self.waiting.remove(task)
         return task
+
+    def _ready(self) -> list[Task]:
+        """Return the tasks that may be given, oldest first."""
+        return [task for task in self.waiting if not (self.paused or (self.blocked and task.asynchronous))]
 
     @rule(blocked=st.booleans())
     def block_loop(self, blocked: bool) -> None:
         """The loop does not answer: what it has not begun waits again, if there is room. Or it answers."""
         lent = [slot for slot in self._lent() if self.running[slot] not in self.given_up and blocked]
         for slot in sorted(lent, key=lambda slot: self.running[slot].started_at, reverse=True):
-            if len(self.waiting) + len(self.checked_out) < self.CAPACITY:
+            if len(self.held()) < self.CAPACITY:
                 self.waiting.insert(0, self.running.pop(slot))
         self.blocked = blocked
 
@@ -1392,7 +1396,7 @@ class QueueMachine(RuleBasedStateMachine):
     def claim(self) -> None:
         self.asked -= 1
         free = [slot for slot in self.slots if slot not in self.running and slot not in self.between]
-        expected = bool(free) and not self.paused and bool(self.waiting) and self.waiting[0].asynchronous
+        expected = bool(free) and any(task.asynchronous for task in self._ready()[:1])
 
         slot = self.queue.claim()
 

@@ -119,7 +119,7 @@ hidden, renamed = renamed, print
         (hidden, (), "it is not what its module has under its name"),
         (note, (1, (2, 3)), "its arguments hold a tuple, which does not come out of JSON as it went in"),
         (note, ({"a": [{1: 2}]},), "a dictionary in its arguments has a key of the type int, not a str"),
-        (note, ([Note(text="x")],), "its arguments hold a model instance, a Note; pass its primary key"),
+        (note, ([Note(text="x")],), "its arguments hold an instance of the model Note; pass its primary key"),
         (note, (timedelta(1),), "its arguments hold a timedelta, which does not come out of JSON"),
         (note, (translation.gettext_lazy("x"),), "its arguments hold a __proxy__, which does not come out"),
         (note, ([10**4300],), "its arguments hold an int of more than 4300 digits; pass it as text"),

@@ -154,7 +154,7 @@ LOSING = {
     "uwsgi-reload": Case(
         UWSGI + "--module " + WSGI, advice.UWSGI_HOOK, "handle SIGTERM", workers=2, seconds=1, kill_after=6
     ),
-    "script": Case(SCRIPT + str(BIN / GUNICORN) + WSGI, advice.EXEC, "which does not pass SIGTERM on"),
+    "script": Case(SCRIPT + str(BIN / GUNICORN) + WSGI, advice.EXEC, "does not pass SIGTERM on"),
     "kill": Case(
         GUNICORN + WSGI,
         '"SHUTDOWN_TIMEOUT": 2.4 for each pool in BGTASKS, also for "default"; or raise stop_grace_period',
