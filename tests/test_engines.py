@@ -327,7 +327,8 @@ def test_tasks_that_rq_jobs_spawn_are_done_by_a_worker_that_does_not_fork(
         wait_for_rows(JOBS, "shop_done WHERE key LIKE 'job-%'")
         server.stop()
 
-        assert query("SELECT count(*) FROM shop_done WHERE key LIKE 'receipt-%'") == [(3 * JOBS * done,)]
+        [(number,)] = query("SELECT count(*) FROM shop_done WHERE key LIKE 'receipt-%'")
+        assert (number == 3 * JOBS) is done  # a slow process does some before it ends
         assert server.output.count("use rq.SimpleWorker") == (0 if done else JOBS)
 
 
