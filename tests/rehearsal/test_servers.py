@@ -128,7 +128,7 @@ LOSING = {
     "uvicorn-worker-unwrapped": Case(GUNICORN + UVICORN_WORKER + UNWRAPPED, advice.WRAPPER, "gunicorn Uvi"),
     "gunicorn-graceful-timeout": Case(
         GUNICORN + "--graceful-timeout 1 " + WSGI,
-        '"SHUTDOWN_TIMEOUT": 0.8 for each pool in BGTASKS, also for "default"; or raise --graceful-timeout',
+        "raise --graceful-timeout above 60 s",
         "SHUTDOWN_TIMEOUT is 60 s, and gunicorn's --graceful-timeout comes after 1 s",
         seconds=5,
     ),
