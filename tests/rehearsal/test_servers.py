@@ -191,7 +191,7 @@ def rehearsals(
         parts = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), sysconfig.get_path("purelib"), CHECKOUT]
         patch.setenv("PYTHONPATH", os.pathsep.join(str(Path(part).absolute()) for part in parts if part))
         patch.chdir(tmp_path_factory.mktemp("rehearsals"))
-        patch.setattr(runner, "SETTLE", 1.0)
+        patch.setattr(runner, "SETTLE", 3.0)
         patch.setattr(runner, "PROBE_LIMIT", 20.0)
         yield {name: executor.submit(CASES[name].rehearse) for name in names}
 
