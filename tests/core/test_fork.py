@@ -318,15 +318,11 @@ def test_fork_while_another_thread_spawns() -> None:
 
 
 FORKERS, FORKS = 4, 75
-FORKING = 20.0  # seconds, after which a slow machine has forked often enough
 
 
 def script_forks_under_load() -> list[Any]:
-    end = time.monotonic() + FORKING
-
     def forker(children: list[Any]) -> None:
-        while len(children) < FORKS and time.monotonic() < end:
-            children.append(fork(spawn_and_drain, leave=posix._exit))
+        children += [fork(spawn_and_drain, leave=posix._exit) for _ in range(FORKS)]
 
     children: list[list[Any]] = [[] for _ in range(FORKERS)]
     forkers = [threading.Thread(target=forker, args=(of,)) for of in children]
@@ -336,15 +332,15 @@ def script_forks_under_load() -> list[Any]:
         for thread in forkers:
             thread.join()
     other = [child for of in children for child in of if child != FRESH]
-    enough = min(map(len, children)) >= FORKS / 10
-    return [enough, other, len(spawners.ran) - spawners.accepted, spawn_and_drain()[:3]]
+    forks = sum(map(len, children))
+    return [forks, other, len(spawners.ran) - spawners.accepted, spawn_and_drain()[:3]]
 
 
 def test_many_forks_under_load() -> None:
     """Several threads fork and spawn at once: no child finds a lock held, and the parent goes on."""
-    result, _ = run_function(script_forks_under_load, env=BUSY)
+    result, _ = run_function(script_forks_under_load, env=BUSY, timeout=150)  # coverage measures each child
 
-    assert result == [True, [], 0, FRESH[:3]]
+    assert result == [FORKERS * FORKS, [], 0, FRESH[:3]]
 
 
 SPAWNED_MAX = 500  # tasks that wait, of the 1,024 that may

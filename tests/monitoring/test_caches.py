@@ -20,9 +20,6 @@ from bgtasks.pools import pools
 from tests.gate import Gate, wait_until
 from tests.monitoring.test_publisher import Observed
 from tests.processes import Server, free_port, program
-from tests.test_engines import valkey
-
-__all__ = ["valkey"]  # the fixture
 
 pytestmark = pytest.mark.usefixtures("patient")
 
