@@ -15,9 +15,9 @@ from queue import Empty, SimpleQueue
 
 from bgtasks.building import Built
 from bgtasks.clock import monotonic
-from bgtasks.core.drain import DrainWaiter
 from bgtasks.core.drainer import Drainer
 from bgtasks.core.log import log
+from bgtasks.core.places import DrainWaiter
 from bgtasks.core.shutdown import shut_down
 from bgtasks.core.task import current_task
 

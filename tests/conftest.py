@@ -154,6 +154,8 @@ def left_behind(before: set[threading.Thread], bound: float = BOUND) -> list[thr
         # Up to Python 3.12 a bare thread that has logged is listed for ever, and cannot be joined.
         and not isinstance(thread, threading._DummyThread)
     ]
+    if any(thread.is_alive() for thread in started):
+        gc.collect()  # an exception that has passed async_to_sync holds on to the thread of the call
     for thread in started:
         thread.join(bound)
     return [thread for thread in started if thread.is_alive()]

@@ -3,7 +3,6 @@
 import asyncio
 import contextvars
 import decimal
-import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -66,8 +65,6 @@ def one_slot(settings: Settings) -> Iterator[None]:
 
     assert bgtasks.drain(BOUND)
     REQUEST_ID.set(None)
-    # An exception that has passed async_to_sync holds on to the thread asgiref made for the call.
-    gc.collect()
 
 
 # Context variables.

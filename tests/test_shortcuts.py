@@ -46,8 +46,6 @@ def one_slot(settings: Settings) -> Iterator[None]:
     yield
 
     assert bgtasks.drain(BOUND)
-    # An exception that has passed async_to_sync holds on to the thread asgiref made for the call.
-    gc.collect()
 
 
 # Language and time zone: `moved`.

@@ -1,49 +1,24 @@
-"""The queue of one pool: every step of its tasks, each under the pool's one lock.
+"""The queue of one pool: the steps by which its slots take and end tasks.
 
-The half that only concerns what waits is in ``bgtasks.core.waiting``.
-
-At every moment a task is in exactly one place: waiting, checked out, in a slot, or counted as ended. Each
-change of place is one step under the lock, together with the figures that it changes. So figures are of one
-moment, a drain waits for exact tasks, and nothing depends on the GIL.
-
-Nothing of the user's is called under the lock: functions, logging, signals, callbacks, the ends of arguments.
-A signal handler or a ``__del__`` may spawn in the middle of a step, so the lock is re-entrant. Signals, and
-exceptions from outside (raised by a signal handler, or set on a thread), arrive as a function begins and
-after a call. So what belongs together is changed without a call between, which is "atomic" in the comments,
-and ``repair`` mends the rest.
+What a step is, and all state, is in ``bgtasks.core.places``. The steps of what waits are in
+``bgtasks.core.waiting``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import TypeVar
 
 from bgtasks.clock import monotonic
-from bgtasks.core.drain import step
 from bgtasks.core.figures import RUNNING, UNFINISHED, Outcome, ShedReason
-from bgtasks.core.lock import acquire, free
-from bgtasks.core.places import Place, SlotState, State
+from bgtasks.core.lock import acquire
+from bgtasks.core.places import Place, SlotState, State, step
 from bgtasks.core.task import Life, Task
 from bgtasks.core.waiting import Waiting
 
-T = TypeVar("T")
-
-CLAIM_PATIENCE = 1.0  # seconds for the loop to claim; then a thread does, and has the loop looked after
-
 
 class TaskQueue(Waiting):
-    """What waits in a pool, and the places of its slots."""
-
-    def __init__(self, pool: str, capacity: int, conn_max: int) -> None:
-        super().__init__(pool, capacity)
-        self.conn_max = conn_max
-        self.ask_loop: Callable[[], object] = lambda: None  # has the loop call `claim`
-        # All that follows is written under the lock.
-        self.slots: Sequence[SlotState] = []  # those that have threads
-        self.waking: SlotState | None = None  # the idle slot whose thread was woken; see to_wake
-        self.asked_at = 0.0  # monotonic seconds; the loop is going to claim, if it is not deaf; 0.0 if not
-        self.loop_blocked = False  # coroutines are left waiting
+    """The steps of all tasks."""
 
     # For slots. `slot` is the one that asks.
 
@@ -68,30 +43,6 @@ class TaskQueue(Waiting):
         self.waking, self.asked_at = None, 0.0
         return True
 
-    def to_wake(self) -> Callable[[], object] | None:
-        """Return what wakes an idle slot, to be called after the step; None if no task waits for one.
-
-        One thread is woken at a time: as it takes its task, it has the next one woken, if more tasks wait. So
-        a burst costs its spawner one wake-up, and small tasks cost few changes of threads. Coroutines are
-        left to the loop, which claims an idle slot for each.
-        """
-        waiting = self.waiting
-        if self.shed and self.idle:
-            return self.idle[-1].wake  # to tell of it
-        if not self.idle or self._first() is None:
-            return None
-        if not self.loop_blocked and waiting[0].asynchronous and waiting[-1].asynchronous:
-            now = monotonic()
-            if not self.asked_at:
-                self.asked_at = now
-                return self.ask_loop
-            if now - self.asked_at < CLAIM_PATIENCE:
-                return None
-        if self.waking is not None:
-            return None
-        self.waking = self.idle[-1]
-        return self.waking.wake
-
     @step
     def claim(self) -> SlotState | None:
         """Give the oldest waiting task to an idle slot, and return that, if the task is asynchronous."""
@@ -108,17 +59,9 @@ class TaskQueue(Waiting):
     def _ready(self, now: float) -> int | None:
         """Release what is due, shed what is too old, and return where the next task is, if there is one."""
         self._release_due(now)
-        while (index := self._first()) is not None and self.waiting[index].policy.expires_at < now:
+        while (index := self.first()) is not None and self.waiting[index].policy.expires_at < now:
             self._shed(ShedReason.EXPIRED, index)
         return index
-
-    def _first(self) -> int | None:
-        """Return where the first task is that may be given: while the loop is blocked, a function."""
-        if not self.waiting or self.paused:
-            return None
-        if not self.loop_blocked:
-            return 0
-        return next((i for i, task in enumerate(self.waiting) if not task.asynchronous), None)
 
     def _give(self, slot: SlotState, now: float, index: int) -> Task:
         """Move a waiting task to `slot`, which the loop keeps only if the task is asynchronous."""
@@ -252,21 +195,6 @@ class TaskQueue(Waiting):
         slot.place = Place.THREAD  # the loop must not begin it any more
         return slot.task
 
-    def repair(self) -> None:
-        """Go on after an exception from outside in a step of this thread: no slot may miss its task."""
-        free(self.lock)
-        with self.lock:
-            self.waking, self.asked_at = None, 0.0
-            waits = [*self.waiting, *self.delayed]
-            self.keyed = {task.policy.key: task for task in waits if task.policy.key}
-            self.idle = [slot for slot in self.slots if slot.place is Place.IDLE]
-            for waiter in list(self.drains):
-                waiter.pending = {task for task in waiter.pending if task.life is not Life.ENDED}
-            slots = [*self.slots]
-        for slot in slots:
-            slot.go_on()
-        self.tell_drains()
-
     # For a task that runs in the code that spawns it.
 
     @step
@@ -292,19 +220,3 @@ class TaskQueue(Waiting):
             if task.end(outcome, task.times(now)) and verdict is None:
                 cancelled.append(task)
             self.mark_ended(task)
-
-    # For whoever looks.
-
-    @step
-    def read(self, look: Callable[[TaskQueue], T]) -> T:
-        """Return what `look` sees at one moment. It must call nothing of the user's."""
-        return look(self)
-
-    def running(self) -> list[Task]:
-        """Return the tasks that run. They are consistent only as a part of a step."""
-        tasks = [slot.task for slot in self.slots]
-        return [task for task in tasks if task is not None and task.life is not Life.ENDED]
-
-    def tasks(self) -> set[Task]:
-        """Return the tasks that wait or run. Part of a step."""
-        return {*self.held(), *self.running()}

@@ -7,17 +7,15 @@ Each of them has one of the CAPACITY places.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, MutableSequence
 from math import inf
 from operator import attrgetter
 from typing import TypeVar
 
 from bgtasks.clock import monotonic
-from bgtasks.core.drain import Steps, step
-from bgtasks.core.figures import UNFINISHED, Account, DropReason, NameFigures, Outcome, ShedReason
+from bgtasks.core.figures import UNFINISHED, DropReason, NameFigures, Outcome, ShedReason
 from bgtasks.core.lock import acquire
-from bgtasks.core.places import SlotState, State
+from bgtasks.core.places import Places, State, step
 from bgtasks.core.policy import NO_POLICY, Policy
 from bgtasks.core.task import Life, Task
 
@@ -26,31 +24,8 @@ T = TypeVar("T")
 _due_at: Callable[[Task], float] = attrgetter("policy.due_at")
 
 
-class Waiting(Steps):
-    """At most `capacity` waiting tasks, and the figures of all tasks."""
-
-    def __init__(self, pool: str, capacity: int) -> None:
-        super().__init__()
-        self.pool = pool
-        self.capacity = capacity
-        # Written as the pool is built:
-        self.displaces = False  # a full queue sheds the oldest task for a new one
-        self.makes_room = False  # it does, or some tasks expire; may become True once
-        self.on_shed: Callable[[Task, ShedReason], object] = lambda _task, _reason: None  # must not raise
-        # All that follows is written under the lock.
-        self.state = State.OPEN
-        self.paused = False  # no task is taken
-        self.waiting: deque[Task] = deque()
-        self.delayed: list[Task] = []  # until they may run, or are tried again, in the order of that time
-        self.keyed: dict[str, Task] = {}  # what waits and has a key, but for what is checked out
-        # With a consumer that may hand them off, oldest first; True once the engine has the task.
-        self.checked_out: dict[Task, bool] = {}
-        self.check_out_new = False  # what is put is checked out at once
-        self.queued: int = 0  # how many wait
-        self.idle: list[SlotState] = []  # the last one to go idle gets the first task: its thread is warm
-        self.account = Account()
-        self.handoff_failures = 0
-        self.shed: deque[tuple[Task, ShedReason]] = deque()  # what nobody was told of yet
+class Waiting(Places):
+    """The steps of tasks that wait."""
 
     # For spawners.
 
@@ -293,12 +268,6 @@ class Waiting(Steps):
                 self._end_waiting(self.waiting[0], Outcome.CANCELLED, cancelled, self.waiting[0])
             else:
                 self.waiting.rotate(-1)  # once around, so that the order stays
-
-    # For whoever looks.
-
-    def held(self) -> list[Task]:
-        """Return all tasks that wait, wherever they do. Part of a step."""
-        return [*self.checked_out, *self.waiting, *self.delayed]
 
 
 def _count_drop(figures: NameFigures, reason: DropReason) -> DropReason:

@@ -559,7 +559,7 @@ def test_thread_is_woken_for_a_coroutine_that_the_loop_does_not_claim(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the thread comes the watch, which finds out why."""
-    monkeypatch.setattr("bgtasks.core.queue.CLAIM_PATIENCE", 0)
+    monkeypatch.setattr("bgtasks.core.places.CLAIM_PATIENCE", 0)
     queue, [slot] = new_queue()
     queue.put(make_task(asynchronous=True))
     assert slot.signal.empty()

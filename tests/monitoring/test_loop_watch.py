@@ -11,7 +11,7 @@ from typing import Any, Self
 import pytest
 
 import bgtasks
-from bgtasks.core import queue
+from bgtasks.core import places
 from bgtasks.monitoring import health, loop_watch
 from bgtasks.monitoring.figures import read_stats
 from bgtasks.monitoring.loop_watch import LoopWatch
@@ -172,7 +172,7 @@ async def deafen_and_go_on() -> None:
 def script_deaf(bad: Any, sleeps: bool) -> dict[str, Any]:
     """Have a task close all descriptors, and go on spawning until a coroutine has run; return the figures."""
     loop_watch.LOOK_INTERVAL, loop_watch.PATIENCE = 0.05, 0.1
-    queue.CLAIM_PATIENCE = 0.1
+    places.CLAIM_PATIENCE = 0.1
     ran: list[int] = []
 
     async def run() -> None:
