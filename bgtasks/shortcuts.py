@@ -112,8 +112,8 @@ class _SlotContext(ThreadSensitiveContext):
     """
 
     def __init__(self, slot: Executor) -> None:
-        super().__init__(executor=slot)
         self._slot = slot
+        self._exited = False  # all that asgiref looks at
 
     def __hash__(self) -> int:
         return id(self._slot)

@@ -7,6 +7,7 @@ figures of several processes can be added.
 from __future__ import annotations
 
 import enum
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -92,10 +93,10 @@ class NameFigures:
         self.wait_seconds = self.run_seconds = 0.0
         self.wait_max = self.run_max = 0.0
 
-    def count_try(self, waited: float, wait: int, ran: float, run: int) -> None:
-        """Count the seconds that a task waited and ran, each with its bucket, which is tried again."""
-        self.waits[wait] += 1
-        self.runs[run] += 1
+    def count_try(self, waited: float, ran: float) -> None:
+        """Count the seconds that a task waited and ran which is tried again."""
+        self.waits[bisect_left(BOUNDS, waited)] += 1
+        self.runs[bisect_left(BOUNDS, ran)] += 1
         self.wait_seconds += waited
         self.run_seconds += ran
         self.wait_max = max(self.wait_max, waited)

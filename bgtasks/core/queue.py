@@ -102,12 +102,11 @@ class TaskQueue(Waiting):
             The task that the slot goes on with. None if there is none, and the slot is idle, or not `take`.
         """
         lock, now, following = self.lock, monotonic(), None
-        times = task.times(now)
         if not lock.acquire(False):
             acquire(lock)
         try:  # no step: nobody has to be woken, and an exception from outside is for the slot to mend
             if slot.task is task:  # or it waits to be tried again
-                task.end(outcome, times)
+                task.end(outcome, now)
             slot.task = None
             if take:
                 following = self._next(slot, now)
@@ -143,7 +142,7 @@ class TaskQueue(Waiting):
             return "the pool is full"
         policy.due_at = now + delay
         place, index = self._where(policy)
-        times, figures = task.times(now), task.figures
+        waited, ran, figures = task.started_at - task.spawned_at, now - task.started_at, task.figures
         task.life, slot.task = Life.WAITING, None  # atomic from here on
         task.function, task.asynchronous = policy.function, policy.asynchronous
         task.spawned_at = policy.due_at
@@ -154,7 +153,7 @@ class TaskQueue(Waiting):
         if policy.key:
             self.keyed[policy.key] = task
         place.insert(index, task)
-        figures.count_try(*times)
+        figures.count_try(waited, ran)
         return None
 
     @step
@@ -201,7 +200,7 @@ class TaskQueue(Waiting):
     def count_inline(self, task: Task, outcome: Outcome) -> None:
         """Count `task`, which never waited, as spawned and ended in one."""
         figures = task.figures = self.account.of(task.name)
-        task.end(outcome, task.times(monotonic()))
+        task.end(outcome, monotonic())
         figures.spawned += 1  # atomic from here on
         figures.counts[RUNNING] += 1
         figures.counts[UNFINISHED] += 1
@@ -217,6 +216,6 @@ class TaskQueue(Waiting):
                 continue
             verdict = task.verdict  # if there is one, it has just ended, and the listeners have not returned
             outcome = Outcome.CANCELLED if verdict is None else verdict
-            if task.end(outcome, task.times(now)) and verdict is None:
+            if task.end(outcome, now) and verdict is None:
                 cancelled.append(task)
             self.mark_ended(task)

@@ -69,15 +69,11 @@ class Task:
         self.life = Life.WAITING
         self.outcome: Outcome | None = None  # written once, as the task is counted
 
-    def times(self, now: float) -> tuple[float, int, float, int]:
-        """Return the seconds that the task waited, and has run until `now`, each with its bucket."""
-        waited, ran = self.started_at - self.spawned_at, now - self.started_at
-        return waited, bisect_left(BOUNDS, waited), ran, bisect_left(BOUNDS, ran)
-
-    def end(self, outcome: Outcome, times: tuple[float, int, float, int]) -> bool:
-        """Count the running task as ended, with its `times`; False if it was before. Part of a step."""
+    def end(self, outcome: Outcome, now: float) -> bool:
+        """Count the running task as ended at `now`, and its times; False if it was before. Part of a step."""
         figures, counts = self.figures, self.figures.counts
-        waited, wait, ran, run = times
+        waited, ran = self.started_at - self.spawned_at, now - self.started_at
+        wait, run = bisect_left(BOUNDS, waited), bisect_left(BOUNDS, ran)
         if self.life is Life.ENDED:  # atomic from here on
             return False
         self.life, self.outcome = Life.ENDED, outcome
