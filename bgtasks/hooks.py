@@ -6,6 +6,7 @@ import logging
 import re
 import traceback
 from abc import ABC, abstractmethod
+from asyncio import CancelledError
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -325,6 +326,8 @@ def _hint(error: BaseException, task: Task) -> str:
             " (SQLite has one writer at a time: for more than one slot, manage.py check says what to set; "
             "in a TestCase, use bgtasks.testing.inline)"
         )
+    if task.overran and issubclass(type(error), CancelledError):
+        return " (it ran for longer than TASK_TIMEOUT; the traceback shows where it was cancelled)"
     if type(error) is TypeError and place_of(error).rpartition(":")[0] == Task.call.__code__.co_filename:
         function: Any = task.function
         name = f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', '?')}"
