@@ -585,33 +585,37 @@ class ForkingTasks:
             self.note(f"slept {number}")
 
 
-def script_task_that_forks() -> list[Any]:
-    kind, end, path = (os.environ[name] for name in ("FORK_KIND", "FORK_END", "FORK_NOTES"))
+ENDS = {"returns": 0, "raises": 1, "exits": 7}  # of a child, with its status
+
+
+def script_tasks_that_fork() -> list[Any]:
+    kind, path = os.environ["FORK_KIND"], os.environ["FORK_NOTES"]
     tasks = ForkingTasks(path)
+    drained: list[bool] = []
     statuses: list[int] = []
-    for number in range(3):
-        bgtasks.spawn("sleeps", tasks.sleep, number)
-    bgtasks.spawn("forks", getattr(tasks, kind), end)
-    for number in range(5):
-        bgtasks.spawn("plain", tasks.note, f"plain {number}")
-    drained = bgtasks.drain(BOUND)
-    statuses.append(os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]))
+    for end in ENDS:
+        for number in range(3):
+            bgtasks.spawn("sleeps", tasks.sleep, number)
+        bgtasks.spawn("forks", getattr(tasks, kind), end)
+        for number in range(5):
+            bgtasks.spawn("plain", tasks.note, f"plain {number}")
+        drained.append(bgtasks.drain(BOUND))
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]))
     return [drained, statuses, bgtasks.stats()["default"].succeeded]
 
 
-@pytest.mark.parametrize(("end", "status"), [("returns", 0), ("raises", 1), ("exits", 7)])
 @pytest.mark.parametrize("kind", ["fork", "afork", "fork_in_call", "fork_in_thread"])
-def test_child_of_a_task_ends_as_its_own_code_ends(kind: str, end: str, status: int, tmp_path: Path) -> None:
+def test_child_of_a_task_ends_as_its_own_code_ends(kind: str, tmp_path: Path) -> None:
     """A child that is forked inside a task runs nothing of its parent's; its status says how it ended."""
     path = tmp_path / "notes"
 
-    env = {"FORK_KIND": kind, "FORK_END": end, "FORK_NOTES": str(path)}
-    result, _ = run_function(script_task_that_forks, env=BUSY | env)
+    env = {"FORK_KIND": kind, "FORK_NOTES": str(path)}
+    result, _ = run_function(script_tasks_that_fork, env=BUSY | env)
 
-    assert result == [True, [status], 9]
+    assert result == [[True] * 3, [*ENDS.values()], 3 * 9]
     lines = path.read_text().splitlines()
-    assert [line for line in lines if line.startswith("child")] == [f"child forked {end}"]
-    assert len(lines) == 9
+    assert [line for line in lines if line.startswith("child")] == [f"child forked {end}" for end in ENDS]
+    assert len(lines) == 3 * 9
 
 
 ONE_SLOT = {"default": {"CONN_MAX": 1}}  # which goes on with the next task, and tells of all that was shed
