@@ -19,6 +19,15 @@ from bgtasks.core.slots import Slots
 from bgtasks.core.task import Hooks
 from bgtasks.exceptions import PoolDoesNotExist
 
+NOT_INSTALLED = (
+    "'bgtasks' is not in INSTALLED_APPS: its settings are not checked, and what is queued when the process "
+    "ends is lost"
+)
+NOT_SET_UP = (
+    "a task is spawned before Django is set up, and what is queued when the process ends is lost: "
+    "a script calls django.setup() first"
+)
+
 
 class Built(NamedTuple):
     """What a pool is made of."""
@@ -26,7 +35,7 @@ class Built(NamedTuple):
     slots: Slots
     shutdown: Shutdown
     mode: str
-    options: Options | None = None  # of each task, if there are any
+    options: Options = Options()  # of each task, unless it has its own
 
 
 def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
@@ -40,11 +49,9 @@ def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
     if config is None:
         raise no_pool(name)
     if apps.ready and not apps.is_installed("bgtasks"):
-        log(
-            logging.WARNING,
-            "'bgtasks' is not in INSTALLED_APPS: its settings are not checked, and what is queued "
-            "when the process ends is lost",
-        )
+        log(logging.WARNING, NOT_INSTALLED)
+    if not apps.ready and not apps.loading:
+        log(logging.WARNING, NOT_SET_UP)
     queue = TaskQueue(name, config.capacity, config.conn_max)
     queue.displaces = config.on_full == conf.DROP_OLDEST
     queue.makes_room = queue.displaces or config.expires is not None
@@ -57,12 +64,8 @@ def build(name: str, hooks: Hooks, drainer: Drainer) -> Built:
         shutdown_timeout=config.shutdown_timeout,
         notify=drainer.notify,
     )
-    return Built(slots, Shutdown(slots, drainer), config.mode, _options(config))
-
-
-def _options(config: conf.PoolConfig) -> Options | None:
     options = Options(expires=config.expires, retries=config.retries, retry_delay=config.retry_delay)
-    return None if options == Options(retry_delay=config.retry_delay) else options
+    return Built(slots, Shutdown(slots, drainer), config.mode, options)
 
 
 def _type_of_slots(name: str, config: conf.PoolConfig) -> Callable[..., Slots]:

@@ -111,7 +111,7 @@ class Pool(Waitable, Spawning):
 
     def default_options(self) -> Options:
         """Return what the pool's settings say of tasks without options of their own."""
-        return self.build().options or Options()
+        return self.build().options
 
     def submit(self, task: Task) -> bool:
         """Run a `task` that is already made. See ``spawn``."""
@@ -214,7 +214,8 @@ class Pool(Waitable, Spawning):
         of these lines: what is in the dictionary first holds. If one raises, the next call does the rest.
         """
         self._set_target(new.mode)
-        self._options = new.options
+        options = new.options
+        self._options = options if options.retries or options.expires is not None else None
         new.slots.queue.on_shed = self._note_shed
         built = self._built.setdefault(self.name, new)
         self.drainer.add(built.slots)
@@ -222,6 +223,9 @@ class Pool(Waitable, Spawning):
         if not self.drainer.accepting:
             built.slots.queue.close()
         self.slots = built.slots  # from here on spawners do not come here any more
+        if self._built.get(self.name) is not built:
+            self.slots = None  # the pools were built anew *just* before that
+            self.drainer.pools.pop(built.slots, None)
         return built
 
     def set_divert(self) -> None:

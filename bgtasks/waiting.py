@@ -51,7 +51,7 @@ class Waitable(ABC):
             RuntimeError: Called inside a task, which would wait for itself, or on the drainer's event loop,
                 which it would block.
         """
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         if self.drainer.is_own_thread():
             raise RuntimeError("drain() would block the drainer's loop; use 'await adrain()'")
         deadline = None if timeout is None else monotonic() + timeout
@@ -82,7 +82,7 @@ class Waitable(ABC):
             TypeError: `timeout` is not a number.
             RuntimeError: Called inside a task, which would wait for itself.
         """
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def tell() -> None:
@@ -111,7 +111,7 @@ class Waitable(ABC):
             TypeError: `timeout` is not a number. Nothing is shut down.
             RuntimeError: Called on the drainer's event loop. Use ``ashutdown`` there.
         """
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         self.refuse_on_loop()
         now = monotonic()
         plan = {
@@ -135,7 +135,7 @@ class Waitable(ABC):
             TypeError: `timeout` is not a number. Nothing is shut down.
             RuntimeError: No thread can be started, and this is the drainer's event loop.
         """
-        check_timeout(timeout)
+        timeout = check_timeout(timeout)
         for part in self.parts():
             part.slots.queue.close()
         try:
@@ -172,10 +172,12 @@ class Waitable(ABC):
             raise RuntimeError("shutdown() would block the drainer's loop; use 'await ashutdown()'")
 
 
-def check_timeout(timeout: object) -> None:
-    """Raise TypeError here for what is not a `timeout`, and nothing has been waited for or closed."""
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float)):
+def check_timeout(timeout: float | None) -> float | None:
+    """Return a `timeout` that threads can wait for; one that is no number raises before anything is done."""
+    whatever: object = timeout
+    if whatever is not None and (isinstance(whatever, bool) or not isinstance(whatever, int | float)):
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    return None if timeout is None else min(timeout, threading.TIMEOUT_MAX)
 
 
 def _on_new_thread(call: Callable[[], bool]) -> Future[bool]:

@@ -27,7 +27,7 @@ from tests.testapp.models import Note
 
 ALIASES = ["default", "pooled", "sqlite"]
 MODULE_LINES = 400  # of a module of the package at most
-CORE_LINES = 2324  # of the core at most, in all; 2000 are aimed at
+CORE_LINES = 2337  # of the core at most, in all; 2000 are aimed at
 CHECKOUT = Path(__file__).parent.parent
 KINDS = ["servers", "engines", "browser", "kit"]  # of the environments that run the tests of one marker
 

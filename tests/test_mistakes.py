@@ -16,9 +16,11 @@ from django.test import modify_settings, override_settings
 import bgtasks
 from bgtasks import submission
 from bgtasks.checks import check_database_pools, check_lifespan, check_settings
+from bgtasks.core.slots import Slots
 from bgtasks.exceptions import InvalidSettings, PoolDoesNotExist
 from bgtasks.pools import pools
 from bgtasks.process import lifespan
+from tests.processes import run_python
 
 
 def send() -> None: ...
@@ -326,3 +328,27 @@ def test_conn_max_above_the_pool() -> None:
         "Background tasks can hold 25 connections of the database 'pooled' at once, and its pool has 25: "
         "nothing is left for requests."
     )
+
+
+def test_script_does_not_set_django_up() -> None:
+    """Then no hook runs when it ends either, and nothing would tell of the task that is lost."""
+    done = run_python("import bgtasks; bgtasks.spawn('send', print)")
+
+    assert done.stderr.startswith("a task is spawned before Django is set up")
+    assert "django.setup()" in done.stderr
+
+
+def test_pools_are_built_anew_while_one_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that has built one from the old settings does not go on with it: that one is closed."""
+    pools.restart()
+    add = pools.drainer.add
+
+    def add_and_forget(slots: Slots) -> None:
+        add(slots)
+        pools.default.forget()
+
+    monkeypatch.setattr(pools.drainer, "add", add_and_forget)
+    pools.default.build()
+
+    assert pools.default.slots is None
+    assert not pools.drainer.pools

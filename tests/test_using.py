@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from pytest_django import Settings
 
 import bgtasks
 
@@ -44,3 +45,10 @@ def test_options_cannot_be_changed() -> None:
             setattr(urgent, name, None)
 
     assert repr(urgent) == "using(expires=5, key='a', database='default')"
+
+
+def test_options_of_the_pool_are_the_defaults(settings: Settings) -> None:
+    """Each of them, also where the pool itself retries nothing."""
+    settings.BGTASKS = {"default": {"RETRY_DELAY": 30}}
+
+    assert bgtasks.pools.default.default_options().retry_delay == 30

@@ -612,3 +612,12 @@ def test_shutdown_with_a_pool_that_was_never_used() -> None:
         assert bgtasks.shutdown() is True
         assert untouched.shutdown() is True
         assert repr(untouched) == "<Pool 'untouched' not started>"
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_timeout_may_be_for_ever(timeout: float) -> None:
+    """Threads cannot wait for so long: it is the longest that they can."""
+    assert bgtasks.drain(timeout)
+    assert asyncio.run(bgtasks.adrain(timeout))
+    assert bgtasks.shutdown(timeout)
+    bgtasks.pools.restart()

@@ -4,8 +4,7 @@ A task's way through the modules::
 
     task      what was spawned
     lock      the lock of a pool
-    places    the states of a queue, and the places of its slots
-    drain     what a step is, and who waits for tasks to end
+    places    all that the lock guards, what a step is, and who waits for tasks to end
     policy    the options of a submission: expiry, key, retries
     waiting   what waits: put, shed, coalesced, delayed, checked out
     queue     every step of a task from one place to the next, each under the pool's one lock

@@ -158,6 +158,7 @@ class Drainer:
         with self.lock:
             if self.running:
                 self.loop.replace()
+                self.pace.free()  # the loop has measured it
                 for pool in list(self.pools):
                     pool.leave_loop()
 

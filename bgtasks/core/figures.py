@@ -115,5 +115,5 @@ class Account(dict[str, NameFigures]):
         figures = self.get(name)
         if figures is None:
             label = name if len(self) < NAMES_MAX else OTHERS
-            figures = self.setdefault(label, NameFigures(label, self.new_counts(label)))
+            figures = self.get(label) or self.setdefault(label, NameFigures(label, self.new_counts(label)))
         return figures

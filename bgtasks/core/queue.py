@@ -52,6 +52,8 @@ class TaskQueue(Waiting):
         if not self.idle or index is None or not self.waiting[index].asynchronous:
             return None
         slot = self.idle.pop()
+        if slot is self.waking:
+            self.waking = None  # its thread may make calls for long: another one is to be woken
         slot.place = Place.LOOP
         self._give(slot, now, index)
         return slot
@@ -171,13 +173,14 @@ class TaskQueue(Waiting):
         lent = {slot.task: slot for slot in self.slots if slot.place is Place.LENT and slot.context is None}
         for task in sorted({*self.running()}.intersection(lent), key=attrgetter("started_at"), reverse=True):
             slot, counts = lent[task], task.figures.counts
-            if blocked and self.queued < self.capacity:
+            if blocked and self.state is not State.CLOSED and self.queued < self.capacity:
                 self.queued += 1  # atomic from here on
                 counts[RUNNING] -= 1
                 task.life = Life.WAITING
                 slot.task, slot.place = None, Place.IDLE
                 self.idle += (slot,)
                 self.waiting.appendleft(task)
+                self.keep_key(task)
                 slot.wake()  # as in `add_slots`
 
     @step

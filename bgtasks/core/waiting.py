@@ -57,6 +57,8 @@ class Waiting(Places):
                 wake()
             while not plain and self.shed:
                 self.tell_shed()
+            if not plain and self.drains:
+                self.tell_drains()
         except BaseException:
             self.repair()
             raise
@@ -78,6 +80,7 @@ class Waiting(Places):
             return _count_drop(task.figures, DropReason.SHUTDOWN)
         if twin is not None and twin.life is Life.WAITING:
             _coalesce(twin, task)
+            self.makes_room = self.makes_room or task.policy.expires_at < inf
             return None
         if self.queued >= self.capacity:
             self._make_room()
@@ -156,6 +159,11 @@ class Waiting(Places):
         self._forget_key(task)
         self.mark_ended(task)
 
+    def keep_key(self, task: Task) -> None:
+        """Have newer tasks with its key coalesced with `task`, unless another one waits. Part of a step."""
+        if task.policy.key:
+            self.keyed.setdefault(task.policy.key, task)
+
     def _forget_key(self, task: Task) -> None:
         if self.keyed.get(task.policy.key) is task:
             del self.keyed[task.policy.key]
@@ -200,6 +208,7 @@ class Waiting(Places):
                 place, index = self._where(task.policy)
                 del self.checked_out[task]  # atomic from here on
                 place.insert(index, task)
+                self.keep_key(task)
 
     @step
     def note_taken(self, task: Task) -> bool:
@@ -236,12 +245,13 @@ class Waiting(Places):
     @step
     def close(self) -> None:
         """Accept nothing more. What was accepted has to run, so it ends a pause, and the delay of retries."""
-        self.paused = False
+        now, self.paused = monotonic(), False
         if self.state is State.OPEN:
             self.state = State.CLOSING
         for task in [*self.delayed]:
             if task.policy.tries and task in self.delayed:
                 task.policy.due_at = 0.0
+                task.spawned_at = min(task.spawned_at, now)  # from when it waits
                 self.waiting += (task,)  # atomic from here on
                 self.delayed.remove(task)
 
@@ -286,7 +296,7 @@ def _coalesce(twin: Task, task: Task) -> None:
     twin.captured, task.captured = task.captured, twin.captured
     twin.asynchronous = old.asynchronous = new.asynchronous
     old.function, new.function = new.function, old.function
-    old.expires_at = new.expires_at
+    old.options, old.expires_at = new.options, new.expires_at  # it keeps its tries, and when it is due
     task.life, task.outcome = Life.ENDED, Outcome.COALESCED
     task.figures.spawned += 1
     task.figures.ended[Outcome.COALESCED] += 1

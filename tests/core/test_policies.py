@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from time import monotonic
 from typing import Any
 
@@ -325,6 +326,53 @@ def test_coalescing_is_exact_under_concurrent_spawns() -> None:
         core.drain()
 
 
+def test_waiting_task_takes_over_the_options_of_the_newer_one() -> None:
+    """The newer one's retries and expiry are those of its function."""
+    queue, [slot] = new_queue()
+    old = with_policy(make_task(), key="a", retries=2)
+    queue.put(old)
+    assert (queue.take(slot), queue.retry(slot, old, 0)) == (old, None)
+
+    queue.put(with_policy(make_task(), key="a", retries=1, expires=EVER))
+
+    assert queue.makes_room
+    assert queue.take(slot) is old
+    assert old.policy.expires_at < inf
+    assert old.policy.delay_after(Outcome.FAILED, ValueError(), 0) is None  # it had its one retry
+
+
+def test_tasks_are_coalesced_with_one_that_was_put_back() -> None:
+    """A consumer has found that it cannot travel, or the loop is blocked that it was lent to."""
+    queue, [slot] = new_queue()
+    back = with_policy(make_task(asynchronous=True), key="a")
+    queue.put(back)
+    queue.put_back(queue.check_out(1))
+    queue.put(with_policy(make_task(asynchronous=True), key="a"))
+    assert (queue.queued, read_stats(queue).coalesced) == (1, 1)
+
+    assert queue.take(slot) is back
+    assert lend(queue, slot, back)
+    queue.set_loop_blocked(True)
+    queue.put(with_policy(make_task(asynchronous=True), key="a"))
+    assert (queue.queued, read_stats(queue).coalesced) == (1, 2)
+
+
+def test_drain_is_told_of_what_a_full_queue_sheds() -> None:
+    """Also while no slot is idle."""
+    queue, [slot] = new_queue(capacity=1)
+    queue.displaces = True
+    running, shed = make_task(), make_task()
+    queue.put(running)
+    assert queue.take(slot) is running
+    queue.put(shed)
+    told: list[int] = []
+    queue.drain_waiter(lambda: told.append(1), except_for=[running])
+
+    queue.put(make_task())
+
+    assert (shed.outcome, told) == (Outcome.SHED, [1])
+
+
 def test_full_queue_coalesces() -> None:
     """That takes no place."""
     with Core(conn_max=1, capacity=1) as core, Gate() as gate:
@@ -578,6 +626,7 @@ def test_delay_is_cut_short_by_a_shutdown() -> None:
 
         assert core.close(BOUND) == 0
         assert core.stats().succeeded == 1
+        assert core.queue.account.of("fails").wait_seconds >= 0
 
 
 def test_delayed_task_runs_while_other_slots_are_busy() -> None:

@@ -569,6 +569,31 @@ def test_thread_is_woken_for_a_coroutine_that_the_loop_does_not_claim(
     assert slot.signal.get_nowait() is None
 
 
+def test_another_thread_is_woken_if_the_loop_claims_the_slot_of_the_first() -> None:
+    """Its thread makes the calls of the coroutine, and may take long to look for tasks."""
+    queue, [claimed, other] = new_queue(conn_max=2)
+    queue.put(make_task(asynchronous=True))
+    queue.put(make_task())
+    assert (queue.waking, other.signal.empty()) == (claimed, True)
+
+    assert queue.claim() is claimed
+    assert (queue.waking, other.signal.get_nowait()) == (other, None)
+
+
+def test_nothing_is_taken_back_from_the_loop_once_what_waits_was_cancelled() -> None:
+    """It would wait for ever."""
+    queue, [slot] = new_queue()
+    task = make_task(asynchronous=True)
+    queue.put(task)
+    assert queue.take(slot) is task
+    assert lend(queue, slot, task)
+    queue.cancel_waiting([])
+
+    queue.set_loop_blocked(True)
+
+    assert (queue.queued, queue.running()) == (0, [task])
+
+
 def test_loop_claims_an_idle_slot_for_a_coroutine_only() -> None:
     """The loop begins what waits at the head of the queue, if that is asynchronous, and wakes no thread."""
     queue, [slot] = new_queue()

@@ -9,7 +9,16 @@ import pytest
 
 from bgtasks.core import figures, queue
 from bgtasks.core import task as task_module
-from bgtasks.core.figures import BOUNDS, EXPORTED, OTHERS, DropReason, Outcome
+from bgtasks.core.figures import (
+    BOUNDS,
+    EXPORTED,
+    NAMES_MAX,
+    OTHERS,
+    Account,
+    DropReason,
+    Outcome,
+    new_counts,
+)
 from bgtasks.core.places import SlotState
 from bgtasks.core.queue import TaskQueue
 from bgtasks.hooks import TEXT_MAX, place_of, traceback_text
@@ -331,3 +340,13 @@ def test_traceback_of_an_exception_that_cannot_be_shown() -> None:
         __notes__: Any = property(lambda self: exit_())
 
     assert traceback_text(BrokenError()) == "BrokenError (its traceback raised SystemExit)"
+
+
+def test_names_beyond_the_limit_share_one_record() -> None:
+    """It is made once, and no other one is."""
+    account, asked = Account(), list[str]()
+    account.new_counts = lambda name: (asked.append(name), new_counts(name))[1]
+    for number in range(NAMES_MAX + 50):
+        account.of(str(number))
+
+    assert asked == [*map(str, range(NAMES_MAX)), OTHERS]

@@ -233,7 +233,9 @@ def test_coroutine_that_was_lent_to_a_deaf_loop_runs_on_the_new_one() -> None:
         old, thread = core.drainer.loop.running, core.drainer.loop.thread
         core.spawn("returns a coroutine", lambda: asyncio.sleep(0))
         wait_until(lambda: any(task.asynchronous for task in core.queue.running()))
+        core.drainer.pace.interval = 0.001
         core.drainer.replace_loop()
+        assert core.drainer.pace.interval == 0  # the old loop has set it, and nobody would lower it
         core.drain()
 
         assert core.stats().succeeded == 1
