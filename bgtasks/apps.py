@@ -35,7 +35,7 @@ from bgtasks.pools import pools
 from bgtasks.rehearsal import ENVIRONMENT
 from bgtasks.submission import Development
 
-MISTAKE = "every spawn raises InvalidSettings until this is mended: %s %s (%s)"
+MISTAKE = "every spawn raises InvalidSettings until this is fixed: %s %s (%s)"
 
 
 class BgtasksConfig(AppConfig):

@@ -222,7 +222,7 @@ def check_journal(**_kwargs: Any) -> list[checks.CheckMessage]:
         message, ending = "The journal needs file locks of Python's fcntl.", "Set it to None."
         return [checks.Warning(message, hint=hint + ending, id="bgtasks.W072")]
     if not folder.is_dir():
-        message, ending = f"{where} is {str(folder)!r}, which is not a folder.", "Create it."
+        message, ending = f"{where} is {str(folder)!r}, which is not a folder.", "Create the folder."
         return [checks.Warning(message, hint=hint + ending, id="bgtasks.W070")]
     if not os.access(folder, os.W_OK | os.X_OK):
         message = f"{where} is {str(folder)!r}, in which this process may not write."
@@ -241,10 +241,10 @@ def check_sqlite(**_kwargs: Any) -> list[checks.CheckMessage]:
     return [
         checks.Warning(
             f"The database {alias!r} is SQLite. A transaction that reads and then writes fails there with "
-            "'database is locked' if another task has written in between.",
+            "'database is locked' if a request or another task has written in between.",
             hint=(
                 f'Write DATABASES["{alias}"]["OPTIONS"] = {{"transaction_mode": "IMMEDIATE", "timeout": 20}} '
-                "after DATABASES. Or set CONN_MAX to 1."
+                "after DATABASES."
             ),
             id="bgtasks.W005",
         )
@@ -280,11 +280,17 @@ def check_names(**_kwargs: Any) -> list[checks.CheckMessage]:
     return [
         checks.Warning(
             f"The setting {name} is not one of bgtasks, and has no effect.",
-            hint=f"Did you mean {difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]}?",
+            hint=_meant(name),
             id="bgtasks.W007",
         )
         for name in near
     ]
+
+
+def _meant(name: str) -> str:
+    if close := difflib.get_close_matches(name, NAMES, n=1, cutoff=0.8):
+        return f"Did you mean {close[0]}?"
+    return f"The settings are {', '.join(NAMES)}."
 
 
 def check_logging(**_kwargs: Any) -> list[checks.CheckMessage]:

@@ -323,7 +323,8 @@ def _hint(error: BaseException, task: Task) -> str:
         )
     if issubclass(type(error), OperationalError) and SQLITE_LOCKED.match(message_of(error)):
         return (
-            " (SQLite has one writer at a time: for more than one slot, manage.py check says what to set; "
+            " (SQLite has one writer at a time: set the database's OPTIONS to "
+            "{'transaction_mode': 'IMMEDIATE', 'timeout': 20}; "
             "in a TestCase, use bgtasks.testing.inline)"
         )
     if task.overran and issubclass(type(error), CancelledError):

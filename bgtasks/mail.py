@@ -280,7 +280,15 @@ def problems(value: Any) -> Iterator[Problem]:
         yield _no_dictionary("BGTASKS_MAIL", value, 'Write BGTASKS_MAIL = {"POOL": "default"}.')
         return
     known = [name.upper() for name in MailConfig._fields]
-    yield from _option_problems("BGTASKS_MAIL", cast("Mapping[str, Any]", value), known)
+    hint = f"The options are {', '.join(map(repr, known))}."
+    yield from _option_problems("BGTASKS_MAIL", cast("Mapping[str, Any]", value), known, hint)
+
+
+MAILER_OPTIONS = ["pool", "retries", "retry_delay", "fail_silently"]  # beside "mailer"
+MAILER_HINT = (
+    f"The options are 'mailer', {', '.join(map(repr, MAILER_OPTIONS))}; those of a mail server belong to the "
+    "mailer that delivers."
+)
 
 
 def mailers_problems(mailers: Any) -> Iterator[Problem]:
@@ -297,13 +305,13 @@ def mailers_problems(mailers: Any) -> Iterator[Problem]:
         options = dict(cast("Mapping[str, Any]", value))
         target = options.pop("mailer", None)
         if target not in list(entries) or target in list(ours):  # it need not be hashable
-            others = ", ".join(repr(each) for each in entries if each not in ours) or "nothing else"
+            others = ", ".join(repr(each) for each in entries if each not in ours) or "no other one"
             yield Problem(
                 "bgtasks.E064",
                 f"{where}['mailer'] is {target!r}, which is not the alias of a mailer that delivers.",
                 f"Name one that is not a bgtasks.mail.EmailBackend itself. MAILERS defines: {others}.",
             )
-        yield from _option_problems(where, options, ["pool", "retries", "retry_delay", "fail_silently"])
+        yield from _option_problems(where, options, MAILER_OPTIONS, MAILER_HINT)
 
 
 def _no_dictionary(where: str, value: Any, hint: str) -> Problem:
@@ -333,16 +341,17 @@ def _backend_of(entry: Any) -> Any:
     return cast("Mapping[str, Any]", entry).get("BACKEND") if isinstance(entry, Mapping) else None
 
 
-def _option_problems(where: str, options: Mapping[str, Any], known: list[str]) -> Iterator[Problem]:
+def _option_problems(
+    where: str, options: Mapping[str, Any], known: list[str], hint: str
+) -> Iterator[Problem]:
     for key, value in options.items():
         here = f"{where}[{key!r}]"
         if key not in known:
-            names = ", ".join(map(repr, known))
-            yield Problem("bgtasks.E061", f"{here} is not an option of mails.", f"The options are {names}.")
+            yield Problem("bgtasks.E061", f"{here} is not an option of mails.", hint)
         elif key.lower() == "pool":
             if value not in list(conf.configured()):
-                hint = f"BGTASKS defines: {', '.join(map(repr, conf.configured()))}."
-                yield Problem("bgtasks.E063", f"{here} is {value!r}, which is not a pool.", hint)
+                pools = f"BGTASKS defines: {', '.join(map(repr, conf.configured()))}."
+                yield Problem("bgtasks.E063", f"{here} is {value!r}, which is not a pool.", pools)
         elif (expected := _expected(key.lower(), value)) is not None:
             yield Problem(
                 "bgtasks.E062", f"{here} is {value!r}, which is not {expected}.", HINTS[key.lower()]

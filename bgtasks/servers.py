@@ -19,8 +19,8 @@ from bgtasks.core.log import log
 SERVERS = ("gunicorn", "uvicorn", "hypercorn", "daphne", "granian", "waitress")
 
 TOO_SHORT = (
-    "SHUTDOWN_TIMEOUT is %g s, and %s comes after %g s: the tasks that are left then are cut off; "
-    "SHUTDOWN_TIMEOUT has to be the shorter one"
+    "SHUTDOWN_TIMEOUT is %g s, and %s comes after %g s: what runs then is killed; "
+    "set SHUTDOWN_TIMEOUT to less than that"
 )
 
 

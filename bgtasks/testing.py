@@ -293,6 +293,8 @@ class drained(_Tool):  # noqa: N801
         kwarg_name: str | None = None,
     ) -> None:
         super().__init__(attr_name=attr_name, kwarg_name=kwarg_name)
+        if callable(timeout):
+            raise TypeError("this decorator is written with parentheses: @bgtasks.testing.drained()")
         self._timeout = timeout
         self._allow_failures = allow_failures
         self._records: list[Drained] = []

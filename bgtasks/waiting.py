@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from contextvars import copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
+from typing import cast
 
 from bgtasks.building import Built
 from bgtasks.clock import monotonic
@@ -174,7 +175,7 @@ class Waitable(ABC):
 
 def check_timeout(timeout: float | None) -> float | None:
     """Return a `timeout` that threads can wait for; one that is no number raises before anything is done."""
-    whatever: object = timeout
+    whatever = cast(object, timeout)
     if whatever is not None and (isinstance(whatever, bool) or not isinstance(whatever, int | float)):
         raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
     return None if timeout is None else min(timeout, threading.TIMEOUT_MAX)

@@ -17,7 +17,7 @@ from pytest_django import Settings
 
 import bgtasks.asgi
 from bgtasks import conf
-from bgtasks.checks import check_database_pools, check_journal, check_settings
+from bgtasks.checks import NAMES, check_database_pools, check_journal, check_settings
 from bgtasks.monitoring import journal_file
 from bgtasks.pools import pools
 
@@ -370,11 +370,16 @@ def test_application_that_is_not_there_is_not_warned_of(settings: Settings, path
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
-    [("BGTASK", "BGTASKS"), ("BG_TASKS", "BGTASKS"), ("BGTASKS_SNAPSHOTS", "BGTASKS_SNAPSHOT")],
+    ("name", "hint"),
+    [
+        ("BGTASK", "Did you mean BGTASKS?"),
+        ("BG_TASKS", "Did you mean BGTASKS?"),
+        ("BGTASKS_SNAPSHOTS", "Did you mean BGTASKS_SNAPSHOT?"),
+        ("BGTASKS_TIMEOUT", f"The settings are {', '.join(NAMES)}."),
+    ],
 )
 def test_setting_with_a_name_that_is_nearly_ours_is_warned_of(
-    name: str, meant: str, settings: Settings
+    name: str, hint: str, settings: Settings
 ) -> None:
     """It has no effect, and nothing else would say so."""
     setattr(settings, name, {})
@@ -382,7 +387,7 @@ def test_setting_with_a_name_that_is_nearly_ours_is_warned_of(
     (message,) = ours()
     assert message.id == "bgtasks.W007"
     assert message.msg == f"The setting {name} is not one of bgtasks, and has no effect."
-    assert message.hint == f"Did you mean {meant}?"
+    assert message.hint == hint
 
 
 # What a deployment should not have (W006), and what would not be seen (W004). SQLite: test_new_projects.py.

@@ -136,13 +136,21 @@ def test_failures_are_shown_with_their_time_and_message(cache: BaseCache) -> Non
     assert "ValueError: no? such address" in line
 
 
+SHOWN = {"shed": "42", "coalesced": "43", "other ends": "44"}
+
+
 def test_policies_are_shown_by_name(cache: BaseCache) -> None:
-    """What was shed, coalesced and retried has a column, and so has when a waiting task is tried again."""
+    """What was shed, coalesced and retried has a column, and so have all other ends, and the next try."""
     content = busy()
     [pool] = content["pools"]
     pool |= {"delayed": 2, "due": 7.5}
     [row] = [row for row in pool["names"] if row["name"] == "waits"]
-    row |= {"delayed": 2, "due": 7.5, "retried": 41, "ended": {"shed": 42, "coalesced": 43}}
+    row |= {
+        "delayed": 2,
+        "due": 7.5,
+        "retried": 41,
+        "ended": {"shed": 42, "coalesced": 43, "timed_out": 40, "handed_off": 4},
+    }
     publish(cache, content)
     text, _ = run()
     lines = text.splitlines()
@@ -150,7 +158,7 @@ def test_policies_are_shown_by_name(cache: BaseCache) -> None:
     [line] = [line for line in lines if line.startswith("waits ")]
 
     assert "; 2 are delayed, the first for 7.5 s" in text
-    for head, value in {"delayed": "2", "retried": "41", "shed": "42", "coalesced": "43"}.items():
+    for head, value in {**SHOWN, "delayed": "2", "retried": "41"}.items():
         assert line[heads.index(f" {head} ") + 1 :].split()[0] == value
     assert "in 7.5 s" in line
 

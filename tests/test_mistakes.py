@@ -224,14 +224,15 @@ def test_spawn_inside_a_transaction(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_task_that_meets_a_locked_database(caplog: pytest.LogCaptureFixture) -> None:
-    """SQLite, in a TestCase or with more than one slot."""
+    """SQLite, in a TestCase or beside another writer."""
     bgtasks.spawn("send-welcome", meet_a_lock)
     assert bgtasks.drain(30)
 
     [message] = caplog.messages
     assert message == (
         "task 'send-welcome' of pool 'default' failed: OperationalError (SQLite has one writer at a time: "
-        "for more than one slot, manage.py check says what to set; in a TestCase, use bgtasks.testing.inline)"
+        "set the database's OPTIONS to {'transaction_mode': 'IMMEDIATE', 'timeout': 20}; "
+        "in a TestCase, use bgtasks.testing.inline)"
     )
 
 

@@ -544,7 +544,7 @@ def test_ready_with_invalid_settings_says_so_and_leaves_them_to_the_checks(
 
     [message] = caplog.messages
     assert message == (
-        "every spawn raises InvalidSettings until this is mended: BGTASKS['default']['CAPACITY'] is 0, which "
+        "every spawn raises InvalidSettings until this is fixed: BGTASKS['default']['CAPACITY'] is 0, which "
         "is less than 1. CAPACITY is the number of tasks that may wait: 1 or more, 1024 by default. "
         "(bgtasks.E006)"
     )

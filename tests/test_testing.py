@@ -586,3 +586,10 @@ def test_a_task_between_two_states_has_no_stack() -> None:
         [(_, spawned)] = tasks._waiting
 
         assert testing._stack(slots, spawned) == "(between two states)\n"
+
+
+def test_decorator_without_parentheses_is_refused() -> None:
+    """Pytest would not collect what it makes of the test, and the test would be gone."""
+    test: Any = test_decorator_without_parentheses_is_refused
+    with pytest.raises(TypeError, match=r"written with parentheses: @bgtasks\.testing\.drained\(\)"):
+        testing.drained(test)

@@ -39,7 +39,7 @@ STUCK = {  # by the state of the process
     "dead": "The drainer of {who} is dead. Restart the process; the log says why the drainer ended.",
     "": (
         "Every slot of {who} is stuck past TASK_TIMEOUT, so no task starts. 'Running now' shows where the "
-        "tasks are: set a time-out for what they wait for, and restart the process."
+        "tasks are. If they do not end, restart the process, and set a time-out for what they wait for."
     ),
 }
 

@@ -9,6 +9,7 @@ import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import Context
+from functools import partial
 
 from bgtasks.clock import monotonic
 from bgtasks.core.log import log
@@ -16,9 +17,11 @@ from bgtasks.core.slot import Slot
 from bgtasks.core.slots import Slots
 from bgtasks.core.task import Life, Task, current
 from bgtasks.monitoring.thread import MonitorThread
+from bgtasks.repeats import repeats
 from bgtasks.text import indented
 
 OVERRUN = "task %r of pool %r has been running for more than %g s, in slot %r, at:\n%s"
+OVERRUN_AGAIN = "task %r of pool %r has been running for more than %g s again (%d more)"
 
 
 def functions(pools: Iterable[Slots]) -> Iterator[tuple[Slots, Slot, Task]]:
@@ -89,4 +92,12 @@ def _report(slot: Slot, task: Task, limit: float) -> None:
     # As the task itself would say it: what is logged about a mail that hangs is not mailed.
     context = Context()
     context.run(current.set, weakref.ref(task))
-    context.run(log, logging.ERROR, OVERRUN, task.name, slot.queue.pool, limit, slot.name, where)
+    pool = slot.queue.pool
+    is_first = repeats.is_first(("overruns", task.name, pool), partial(_report_more, pool, limit))
+    level = logging.ERROR if is_first else logging.DEBUG
+    context.run(log, level, OVERRUN, task.name, pool, limit, slot.name, where)
+
+
+def _report_more(pool: str, limit: float, name: str, count: int) -> None:
+    extra = {"task": name, "pool": pool, "count": count}
+    log(logging.ERROR, OVERRUN_AGAIN, name, pool, limit, count, extra=extra)

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict",
         action="store_true",
-        help="exit with 1 also if tasks were cancelled and reported, for want of time",
+        help="exit with 1 also if tasks were cancelled and reported, because time ran out",
     )
     parser.add_argument("server", nargs="+", metavar="COMMAND", help="what starts the server, after --")
 

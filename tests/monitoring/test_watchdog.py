@@ -1,5 +1,6 @@
 """The watchdog: plain functions past their TASK_TIMEOUT are reported, whatever else hangs."""
 
+import logging
 import threading
 from typing import Any, Self
 
@@ -8,6 +9,7 @@ import pytest
 from bgtasks.monitoring import watchdog
 from bgtasks.monitoring.figures import read_stats
 from bgtasks.monitoring.watchdog import Watchdog
+from bgtasks.repeats import repeats
 from tests.gate import BOUND, AsyncGate, Gate, wait_until
 from tests.pool import Core, after_call, make_task, wait_idle
 
@@ -91,6 +93,24 @@ def test_function_is_reported_while_the_loop_is_blocked() -> None:
 
         assert core.logs.wait("task 'overruns' of pool 'core' has been running for more")
         gate.open()
+
+
+def test_overruns_of_one_name_are_reported_at_once_and_then_counted() -> None:
+    """A queue of functions that are all a little too slow does not fill the log with stacks."""
+    with Watched(conn_max=1, task_timeout=0.01) as core:
+        for _ in range(3):
+            with Gate() as gate:
+                core.spawn("overruns", gate)
+                gate.wait_entered()
+                wait_until(lambda: core.stats().stuck == 1)
+            core.drain()
+        repeats.flush()
+
+        first, again = core.logs.above(logging.ERROR)
+        assert first.startswith(
+            "task 'overruns' of pool 'core' has been running for more than 0.01 s, in slot"
+        )
+        assert again == "task 'overruns' of pool 'core' has been running for more than 0.01 s again (2 more)"
 
 
 def test_coroutines_are_left_to_the_loop() -> None:

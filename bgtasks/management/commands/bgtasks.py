@@ -16,7 +16,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandParser
 from django.utils import timezone
 
-from bgtasks.core.figures import BOUNDS
+from bgtasks.core.figures import BOUNDS, Outcome
 from bgtasks.monitoring.condition import Condition
 from bgtasks.monitoring.figures import two_digits
 from bgtasks.monitoring.overview import overview
@@ -58,7 +58,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare --json, --watch and the rehearsal."""
-        parser.add_argument("--json", action="store_true", help="print what is known, as one line of JSON")
+        parser.add_argument("--json", action="store_true", help="print all data, as one line of JSON")
         parser.add_argument(
             "--watch",
             nargs="?",
@@ -209,13 +209,14 @@ def _names(pool: dict[str, Any]) -> str:
         [
             _plain(of["name"]),
             *(str(of[key]) for key in keys),
+            str(of["timed_out"] + of["cancelled"] + of["handed_off"]),
             _seconds(of["oldest"]),
             "-" if of["due"] is None else f"in {_seconds(of['due'])}",
             *(_roughly(of[key]) for key in times),
         ]
         for of in pool["names"]
     ]
-    more = ["oldest", "next try", "wait p50", "wait p95", "run p50", "run p95"]
+    more = ["other ends", "oldest", "next try", "wait p50", "wait p95", "run p50", "run p95"]
     return _table([*heads, *more], rows)
 
 
@@ -238,12 +239,18 @@ def _failures(pool: dict[str, Any], at: float) -> str:
             f"x {of['times']}",
             _clock(of["at"]),
             _ago(at, of["at"]),
-            _plain(f"{of['error']}: {of['message']}" if of["message"] else of["error"]),
+            _plain(_error(of)),
             _plain(f"{of['host']}:{of['pid']}"),
         ]
         for of in pool["failures"][:FEW]
     ]
     return _table(["last failures", "times", "last at", "", "error", "process"], rows)
+
+
+def _error(failure: dict[str, Any]) -> str:
+    if failure["outcome"] == Outcome.TIMED_OUT.label:
+        return "timed out"
+    return f"{failure['error']}: {failure['message']}" if failure["message"] else str(failure["error"])
 
 
 def _drops(pool: dict[str, Any], at: float) -> str:
