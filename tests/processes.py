@@ -92,7 +92,8 @@ def program(name: str, *others: str) -> str:
 def free_port() -> int:
     """Return a TCP port of this machine that nothing listens on, and that the system gives to no client."""
     while True:
-        port = 10_000 + secrets.randbelow(20_000)  # `random` is seeded anew for each test
+        # `random` is seeded anew for each test. Browsers refuse some ports, the last of which is 10080.
+        port = 11_000 + secrets.randbelow(19_000)
         with socket.socket() as sock, contextlib.suppress(OSError):
             sock.bind(("127.0.0.1", port))
             return port

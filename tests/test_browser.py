@@ -549,7 +549,7 @@ def test_sizing_calculator_calculates(chromium: Any) -> None:
 
     assert complaints == []
     assert "takes up to 8 connections, all of them 64 during a deploy; 90 are allowed: that fits." in fits
-    assert "after 30.0 s, and needs a CAPACITY of 396." in fits
+    assert "after 30.0 s, and needs a CAPACITY of 400." in fits
     assert "all of them 640 during a deploy; 90 are allowed: too many, even with one slot." in does_not
 
 
