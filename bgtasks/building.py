@@ -24,8 +24,8 @@ NOT_INSTALLED = (
     "ends is lost"
 )
 NOT_SET_UP = (
-    "a task is spawned before Django is set up, and what is queued when the process ends is lost: "
-    "a script calls django.setup() first"
+    "a task is spawned before Django is set up: call django.setup() first, or what is queued when the "
+    "process ends is lost"
 )
 
 

@@ -136,9 +136,6 @@ def test_failures_are_shown_with_their_time_and_message(cache: BaseCache) -> Non
     assert "ValueError: no? such address" in line
 
 
-SHOWN = {"shed": "42", "coalesced": "43", "other ends": "44"}
-
-
 def test_policies_are_shown_by_name(cache: BaseCache) -> None:
     """What was shed, coalesced and retried has a column, and so have all other ends, and the next try."""
     content = busy()
@@ -158,7 +155,8 @@ def test_policies_are_shown_by_name(cache: BaseCache) -> None:
     [line] = [line for line in lines if line.startswith("waits ")]
 
     assert "; 2 are delayed, the first for 7.5 s" in text
-    for head, value in {**SHOWN, "delayed": "2", "retried": "41"}.items():
+    shown = {"delayed": "2", "retried": "41", "shed": "42", "coalesced": "43", "other ends": "44"}
+    for head, value in shown.items():
         assert line[heads.index(f" {head} ") + 1 :].split()[0] == value
     assert "in 7.5 s" in line
 

@@ -94,7 +94,7 @@ class NameFigures:
         self.wait_max = self.run_max = 0.0
 
     def count_try(self, waited: float, ran: float) -> None:
-        """Count the seconds that a task waited and ran which is tried again."""
+        """Count for how many seconds a task that is tried again has waited and run."""
         self.waits[bisect_left(BOUNDS, waited)] += 1
         self.runs[bisect_left(BOUNDS, ran)] += 1
         self.wait_seconds += waited

@@ -53,7 +53,7 @@ class TaskQueue(Waiting):
             return None
         slot = self.idle.pop()
         if slot is self.waking:
-            self.waking = None  # its thread may make calls for long: another one is to be woken
+            self.waking = None  # its thread may be busy with calls for long; have another one woken
         slot.place = Place.LOOP
         self._give(slot, now, index)
         return slot
