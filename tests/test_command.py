@@ -136,6 +136,19 @@ def test_failures_are_shown_with_their_time_and_message(cache: BaseCache) -> Non
     assert "ValueError: no? such address" in line
 
 
+def test_time_outs_are_shown_as_such(cache: BaseCache) -> None:
+    """What was raised is only how the task was ended."""
+    content = busy()
+    [failure] = content["pools"][0]["failures"]
+    failure |= {"times": 333, "outcome": "timed_out", "error": "CancelledError"}
+    publish(cache, content)
+    text, _ = run()
+
+    [line] = [line for line in text.splitlines() if "x 333" in line]
+    assert " timed out " in line
+    assert "CancelledError" not in line
+
+
 def test_policies_are_shown_by_name(cache: BaseCache) -> None:
     """What was shed, coalesced and retried has a column, and so have all other ends, and the next try."""
     content = busy()

@@ -867,6 +867,19 @@ def test_mistake_in_mailers_is_an_error_of_the_checks(
 
 
 @has_mailers
+def test_hint_names_every_option_of_a_mailer(settings: Settings) -> None:
+    """And says where the options of the mail server belong."""
+    options = {"mailer": "out", "host": "localhost"}
+    settings.MAILERS = {"default": {"BACKEND": OURS, "OPTIONS": options}, "out": {"BACKEND": LOCMEM}}
+    [problem] = check_mail()
+
+    assert problem.hint == (
+        "The options are 'mailer', 'pool', 'retries', 'retry_delay', 'fail_silently'; "
+        "those of a mail server belong to the mailer that delivers."
+    )
+
+
+@has_mailers
 @pytest.mark.parametrize(
     "options", [{}, {"mailer": "default"}, {"mailer": "again"}, {"mailer": "out", "host": "a"}]
 )

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -617,7 +618,7 @@ def test_shutdown_with_a_pool_that_was_never_used() -> None:
 @pytest.mark.parametrize("timeout", [float("inf"), 1e300])
 def test_timeout_may_be_for_ever(timeout: float) -> None:
     """Threads cannot wait for so long: it is the longest that they can."""
-    assert bgtasks.drain(timeout)
-    assert asyncio.run(bgtasks.adrain(timeout))
-    assert bgtasks.shutdown(timeout)
+    for wait in (bgtasks.drain, lambda limit: asyncio.run(bgtasks.adrain(limit)), bgtasks.shutdown):
+        bgtasks.spawn("sleeps", time.sleep, 0.05)
+        assert wait(timeout)
     bgtasks.pools.restart()
